@@ -1,0 +1,138 @@
+"The rules of the house: what imports what, what a command and a script look like, what a notebook may hold."
+import ast, configparser, dataclasses, importlib, json, os, re, subprocess
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb"))
+SCRIPTS = sorted((ROOT/"scripts").glob("*.sh"))
+RECIPES = [p for p in SCRIPTS if p.name not in ("launch.sh", "venv.sh")]
+PARSER = configparser.ConfigParser(delimiters=["="])
+PARSER.read(ROOT/"settings.ini", encoding="utf-8")
+ENTRIES = dict(re.split(r"\s*=\s*", o, maxsplit=1) for o in PARSER["DEFAULT"]["console_scripts"].split("\n") if o)
+name = lambda p: p.name
+
+def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def source(cell): return "".join(cell["source"])
+def module(path): return re.sub(r"^\d+_", "", path.stem)
+
+# -- imports
+
+def loaded(python, statement, *names):
+    "Which of the modules `names` are loaded after `statement` in a fresh interpreter."
+    return python(f"import sys; {statement}; print(' '.join(n for n in {names} if n in sys.modules))").split()
+
+def test_the_package_imports_nothing_heavy(python):
+    assert loaded(python, "import stjepa", "numpy", "torch", "fastcore", "matplotlib") == []
+    assert loaded(python, "import stjepa.core", "torch", "transformers", "zarr", "matplotlib") == []
+
+def test_training_needs_no_teacher(python):
+    assert loaded(python, "import stjepa.pretrain", "transformers", "stjepa.teacher", "matplotlib") == []
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[0].isdigit()], ids=name)
+def test_imports_point_downwards(path):
+    "A notebook imports modules of lower-numbered notebooks alone."
+    order = {module(p): p.stem for p in NOTEBOOKS}
+    code = "\n".join(source(c) for c in cells(path) if c["cell_type"] == "code" and not source(c).startswith(("%", "!")))
+    used = set(re.findall(r"^\s*from stjepa\.(\w+) import", code, flags=re.M)) | set(re.findall(r"\bimport stjepa\.(\w+)", code))
+    used |= {n for line in re.findall(r"^\s*from stjepa import (.+)$", code, flags=re.M) for n in re.findall(r"\w+", line)} & order.keys()
+    for other in used - {module(path)}: assert order.get(other, "~") < path.stem, f"{path.name} imports stjepa.{other}"
+
+def test_every_module_comes_from_a_notebook():
+    made = {p.stem for p in (ROOT/"stjepa").glob("*.py")} - {"__init__", "_modidx"}
+    assert made <= {module(p) for p in NOTEBOOKS}
+
+# -- notebooks
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_notebook_holds_what_it_may(path):
+    assert path.stat().st_size < 1_000_000, "a notebook stays under 1 MB"
+    head = source(cells(path)[0])
+    assert re.match(r"# .+\n\n> .+", head), "the first cell is a title and a > line"
+    for cell in cells(path):
+        outputs = cell.get("outputs", [])
+        assert not any(o["output_type"] == "error" for o in outputs), f"an error is stored: {source(cell)[:80]}"
+        text = json.dumps([{k: v for k, v in o.get("data", {}).items() if k.startswith("text/")} or o.get("text", "") for o in outputs])
+        assert not (found := re.search(r"(/tmp|/home|/root|/work|/var/folders)/\S+", text)), f"a path of one machine: {found[0]}"
+        assert "Warning" not in text, f"a warning is stored: {source(cell)[:80]}"
+
+# -- commands
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_help_shows_every_option(entry, command):
+    done = command(entry, "--help")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    if entry == "stjepa": return
+    config = config_of(ENTRIES[entry])
+    for field in dataclasses.fields(config):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout or field.name.upper() in done.stdout, f"{field.name} is not in {entry} --help"
+
+def config_of(target):
+    "The config dataclass that a command's `main` hands to `console`."
+    mod = importlib.import_module(target.split(":")[0])
+    call = next(n for n in ast.walk(ast.parse(open(mod.__file__).read())) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "console")
+    return getattr(mod, call.args[0].id)
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e != "stjepa"])
+def test_a_misspelt_flag_is_one_line(entry, command):
+    done = command(entry, "--no-such-flag", "1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--no-such-flag" in done.stderr, done.stderr
+
+def test_stjepa_lists_the_commands(command):
+    done = command("stjepa")
+    assert done.returncode == 0
+    for entry in ENTRIES: assert re.search(rf"^  {entry} +\w", done.stdout, flags=re.M), f"{entry} is not listed"
+
+# -- scripts
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_script_is_strict(path):
+    text = path.read_text(encoding="utf-8")
+    assert os.access(path, os.X_OK) and text.startswith("#!/usr/bin/env bash\n# ") and "\nset -euo pipefail\n" in text
+    subprocess.run(["bash", "-n", path], check=True)
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipe_is_one_command(path):
+    "A header that says the five things, then one command that passes everything on."
+    text = path.read_text(encoding="utf-8")
+    for word in ("What:", "Hardware:", "Time:", "Leaves:", "Again:"): assert f"# {word}" in text
+    body = [l for l in text.split("set -euo pipefail\n")[1].splitlines() if l.strip()]
+    assert " ".join(body).count("launch.sh") == 1 and body[0].startswith("exec ") and body[-1].endswith('"$@"')
+    assert re.search(r"launch\.sh\" (stjepa_\w+)", body[0])[1] in ENTRIES
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipe_runs_from_anywhere(path, tmp_path):
+    done = subprocess.run([path, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith("usage: stjepa_"), done.stderr
+    assert not any(tmp_path.iterdir())
+
+@pytest.fixture
+def machine(tmp_path):
+    "A copy of launch.sh on a machine of `gpus` GPUs; `run(gpus, **env)` -> the words it would start."
+    def run(gpus, **env):
+        (tmp_path/"scripts").mkdir(exist_ok=True); (tmp_path/".venv/bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path/"scripts/launch.sh").write_bytes((ROOT/"scripts/launch.sh").read_bytes())
+        listing = "".join(f"echo 'GPU {i}: one'\n" for i in range(gpus))
+        for tool, body in {"job": 'echo job "$@"', "torchrun": 'echo torchrun "$@"', "nvidia-smi": listing or "exit 9"}.items():
+            (tmp_path/".venv/bin"/tool).write_text(f"#!/bin/sh\n{body}\n"); (tmp_path/".venv/bin"/tool).chmod(0o755)
+        keep = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE")}
+        return subprocess.run(["bash", tmp_path/"scripts/launch.sh", "job", "a b", "--c"], env=keep | env, capture_output=True, text=True, check=True).stdout.strip()
+    return run
+
+def test_launch_counts_the_visible_gpus(machine):
+    alone, many = "job a b --c", "torchrun --standalone --nproc-per-node {} --no-python job a b --c"
+    assert machine(0) == alone and machine(1) == alone and machine(4) == many.format(4)
+    assert machine(4, CUDA_VISIBLE_DEVICES="2") == alone and machine(4, CUDA_VISIBLE_DEVICES="") == alone
+    assert machine(4, CUDA_VISIBLE_DEVICES="1,3") == many.format(2) and machine(4, CUDA_VISIBLE_DEVICES="-1") == alone
+    assert machine(4, WORLD_SIZE="4") == alone
+
+# -- readme
+
+def test_readme_maps_every_notebook():
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        if path.stem != "index": assert f"nbs/{path.name}" in text, f"{path.name} is not in the map: run nbs/index.ipynb, then make readme"
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if not re.match(r"https?:|mailto:", link): assert (ROOT/link).exists(), link
