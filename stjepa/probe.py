@@ -138,7 +138,10 @@ def knn_scores(
     "Weighted k-NN of standardised features by cosine similarity (1805.01978, as in DINO, 2104.14294). All that tie with the k-th neighbour vote."
     mean, std = standardiser(x)
     unit = lambda a: torch.nn.functional.normalize((a - mean) / std, dim=1)
-    sims = (unit(queries) @ unit(x).T).double().round(decimals=6)
-    top = sims.topk(min(k, len(x)), dim=1).values
-    votes = ((sims - top[:, :1]) / temperature).exp() * (sims >= top[:, -1:])
-    return votes @ torch.nn.functional.one_hot(y, n_classes).double() / votes.sum(1, keepdim=True)
+    train, classes = unit(x), torch.nn.functional.one_hot(y, n_classes).double()
+    def vote(some):
+        sims = (unit(some) @ train.T).double().round(decimals=6)
+        top = sims.topk(min(k, len(x)), dim=1).values
+        votes = ((sims - top[:, :1]) / temperature).exp() * (sims >= top[:, -1:])
+        return votes @ classes / votes.sum(1, keepdim=True)
+    return torch.cat([vote(some) for some in queries.split(1024)])

@@ -34,20 +34,23 @@ def quiet(
 def checkpoint_file(
     name:str, # a folder, or `owner/model` on the hub
     file:str, # a file's name in it
+    required:bool=False, # an `InputError` if the checkpoint has no such file
 ) -> Path|None: # `None` if the checkpoint has no such file
     "Where a checkpoint's file lies on this disk, downloaded if need be; `InputError` if there is no such folder or repository."
-    if Path(name).is_dir(): return found if (found := Path(name)/file).is_file() else None
+    if Path(name).is_dir():
+        need((found := Path(name)/file).is_file() or not required, f"teacher {name}: no {file} in it")
+        return found if found.is_file() else None
     need(str(name).count("/") == 1 and name[0] not in "./~", f"teacher {name}: no such folder")
     from transformers.utils import cached_file
     try:
-        with quiet(bars=False): found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        with quiet(bars=False): found = cached_file(name, file, _raise_exceptions_for_missing_entries=required)
     except (OSError, ValueError) as e: raise InputError(f"teacher {name}: no such folder, and not available from the Hugging Face hub ({str(e).splitlines()[0]})") from None
     return found and Path(found)
 
 # %% ../nbs/10_teacher.ipynb #9c294abb
 def read_config(name:str) -> dict:
     "A VideoMAE checkpoint's `config.json`; `InputError` if it is missing or of another kind of model."
-    path = need(checkpoint_file(name, "config.json"), f"teacher {name}: no config.json in it")
+    path = checkpoint_file(name, "config.json", required=True)
     kind = read_json(path, dict).get("model_type")
     need(kind == "videomae", f"teacher {name}: config.json says model_type {kind!r}, expected 'videomae'")
     return read_json(path, dict)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'ToyTeacherConfig', 'labelled_clip', 'clip_pool', 'augment', 'normalised', 'motion_field',
-           'toy_teacher', 'TeacherWithHeads', 'teacher_loss', 'accuracies', 'save_teacher', 'train_toy_teacher']
+           'toy_teacher', 'whiten_patch_embed', 'TeacherWithHeads', 'teacher_loss', 'accuracies', 'save_teacher',
+           'train_toy_teacher']
 
 # %% ../nbs/06_toy_teacher.ipynb #1e3304a8
-import json, multiprocessing, time
+import copy, json, multiprocessing, time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -48,13 +50,15 @@ def clip_pool(
     number:int, # clips
     name:str, # pools of different names share no clip
     seed:int=0,
-    num_workers:int=2, # processes
+    num_workers:int=2, # processes; with fewer than two it happens here
 ) -> tuple[Tensor, Tensor, Tensor]: # uint8 `(b, f, h, w, c)`; int64 `(b, 6)`; trajectories `(b, 2, f, 4)`
     "Many labelled clips, rendered in parallel."
     out = torch.empty(number, 16, 64, 64, 3, dtype=torch.uint8), torch.empty(number, 6, dtype=torch.long), torch.empty(number, 2, 16, 4)
     seeds = [(seed, name, i) for i in range(number)]
-    with multiprocessing.get_context("forkserver").Pool(num_workers, torch.set_num_threads, (1,)) as workers:
-        for i, clip in enumerate(progress(workers.imap(labelled_clip, seeds, chunksize=16), "rendering", total=number, unit="clip")):
+    with ExitStack() as stack:
+        pool = num_workers > 1 and stack.enter_context(multiprocessing.get_context("forkserver").Pool(num_workers, torch.set_num_threads, (1,)))
+        clips = pool.imap(labelled_clip, seeds, chunksize=16) if pool else map(labelled_clip, seeds)
+        for i, clip in enumerate(progress(clips, "rendering", total=number, unit="clip")):
             for tensor, value in zip(out, clip): tensor[i] = torch.as_tensor(value)
     return out
 
@@ -108,6 +112,21 @@ def toy_teacher():
     return VideoMAEForVideoClassification(VideoMAEConfig(image_size=64, patch_size=16, num_frames=16, tubelet_size=2, hidden_size=128,
         num_hidden_layers=5, num_attention_heads=4, intermediate_size=512, use_mean_pooling=True, id2label=names, label2id={n: i for i, n in names.items()}))
 
+# %% ../nbs/06_toy_teacher.ipynb #eda00963
+@torch.no_grad()
+def whiten_patch_embed(
+    model, # `VideoMAEForVideoClassification`, changed in place
+    pixels:Tensor, # normalised `(b, f, c, h, w)`
+):
+    "Start the patch embedding as a PCA whitening of tubelets: of their mean, and of their change."
+    weight = model.videomae.embeddings.patch_embeddings.projection.weight # (d, c, 2, p, p)
+    d, p = len(weight), weight.shape[-1]
+    first, second = rearrange(pixels, "b (t k) c (h p) (w q) -> k (b t h w) (c p q)", k=2, p=p, q=p)
+    for rows, x, sign in ((slice(0, d//2), (first + second)/2, 1), (slice(d//2, d), (second - first)/2, -1)):
+        values, vectors = torch.linalg.eigh(torch.cov(x.T))
+        basis = vectors[:, -(d//2):].T / (values[-(d//2):, None] + 1e-3*values[-1]).sqrt() / 2
+        weight[rows] = rearrange(torch.stack([sign*basis, basis], 1), "d k (c p q) -> d c k p q", p=p, q=p)
+
 # %% ../nbs/06_toy_teacher.ipynb #5eea9bb4
 class TeacherWithHeads(nn.Module):
     "The teacher, and linear heads for shapes, colours and motion that are dropped when it is saved."
@@ -150,7 +169,6 @@ def save_teacher(
     out, # folder
 ):
     "Write the model in float16 with its processor's config, as `from_pretrained` expects them."
-    import copy
     copy.deepcopy(model).half().save_pretrained(out)
     save_json(Path(out)/"preprocessor_config.json", dict(image_processor_type="VideoMAEImageProcessor", do_resize=True, size=dict(shortest_edge=64),
         do_center_crop=True, crop_size=dict(height=64, width=64), resample=2, do_rescale=True, rescale_factor=1/255, do_normalize=True, image_mean=MEAN, image_std=STD))
@@ -164,6 +182,7 @@ def train_toy_teacher(
     pool = clip_pool(config.clips, "train", config.seed, config.num_workers)
     test = clip_pool(config.held_out, "held out", config.seed, config.num_workers)
     model = TeacherWithHeads(toy_teacher())
+    whiten_patch_embed(model.model, normalised(pool[0][:200]))
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.08)
     for step in progress(range(config.steps), "training", unit="step"):
@@ -176,6 +195,6 @@ def train_toy_teacher(
         optimizer.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(); schedule.step()
         if step % 100 == 99 or step == config.steps - 1:
-            result = dict(step=step + 1, seconds=round(time.time() - start), loss=round(loss.item(), 3), accuracy=accuracies(model, *test[:2]))
+            result = dict(step=step + 1, seconds=round(time.time() - start), loss=round(loss.item(), 3), motion=round(F.mse_loss(motion.float(), motion_field(where)).item()/motion_field(where).var().item(), 3), accuracy=accuracies(model, *test[:2]))
             print(json.dumps(result), flush=True); save_teacher(model.model, config.out)
     return result

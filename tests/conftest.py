@@ -1,10 +1,14 @@
 "Markers, and the small real files that the tests share: made once per session, and only if a test asks."
-import os, subprocess, sys
+import configparser, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+
+PARSER = configparser.ConfigParser(delimiters=["="])
+PARSER.read(ROOT/"settings.ini", encoding="utf-8")
+ENTRIES = dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in PARSER["DEFAULT"]["console_scripts"].splitlines() if line) # command -> module:function
 
 def _absent(item):
     "Why a test of this machine cannot run, or nothing."
