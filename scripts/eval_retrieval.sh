@@ -2,7 +2,7 @@
 # What:      text-video retrieval on frozen features:  eval_retrieval.sh MSRVTT_ROOT MSVD_ROOT CHECKPOINT
 # Hardware:  one NVIDIA GPU, or a CPU with patience: about 12,000 clips through each encoder.
 # Time:      not measured by us at full size.
-# Leaves:    a run folder with the summary of both datasets, both directions.
+# Leaves:    runs/retrieval: summary.json, table.md (both datasets, both directions), gallery.png, features.
 # Again:     safe; stored features are used again.
 set -euo pipefail
 exec "$(dirname "${BASH_SOURCE[0]}")/launch.sh" stjepa_retrieval "$@"

@@ -32,6 +32,7 @@ ROWS = dict(
     teacher_projected="the teacher's tokens through the cache's projection, averaged: what the student was shown",
     teacher="the teacher's tokens, averaged")
 
+# %% ../nbs/40_features.ipynb #35e81bc0
 def read_rows(
     text:str, # row names with commas between them, or `all`
 ) -> list[str]: # in the order of `ROWS`, without `chance`, which needs no features
@@ -98,6 +99,7 @@ def once(f):
         return last[1]
     return remembered
 
+# %% ../nbs/40_features.ipynb #da5d6b8c
 def pooled(tokens:Tensor) -> Tensor: return reduce(tokens, "b n d -> b d", "mean")
 
 # %% ../nbs/40_features.ipynb #d431e631
@@ -183,7 +185,7 @@ def join(parts:list, encoders:list[Encoder]) -> dict[str,Features]:
     x = {e.name: [b for _, _, out in parts for b in out[e.name]] for e in encoders}
     return {name: Features(torch.cat(b)[order] if b else torch.zeros(0, 0), rows[order], errors) for name, b in x.items()}
 
-# %% ../nbs/40_features.ipynb #8dfbea65
+# %% ../nbs/40_features.ipynb #3cd7270c
 def store_path(
     store, # a folder
     encoder:Encoder, # what computes
@@ -193,10 +195,12 @@ def store_path(
     sizes = [r.path.stat().st_size for r in dataset.records]
     return Path(store)/f"{dataset.name}_{dataset.split}_{stable_hash([encoder.key, dataset.fingerprint, sizes])}.safetensors"
 
+# %% ../nbs/40_features.ipynb #8cd3326b
 def write_features(path, found:Features, name:str):
     "Store features atomically; `name` is the encoder's, for whoever opens the file."
     with atomic_path(path) as part: save_file(dict(x=found.x.contiguous(), rows=found.rows), part, dict(encoder=name, errors=json.dumps(found.errors)))
 
+# %% ../nbs/40_features.ipynb #05bcab03
 def read_features(path) -> Features:
     "Stored features; `InputError` if the file is not what `write_features` wrote."
     try:

@@ -34,6 +34,7 @@ def hits(
     "Probability that the right candidate is among the first `k` when ties are broken at random."
     return ((k - better).double() / equal).clamp(0, 1)
 
+# %% ../nbs/41_probe.ipynb #8390c0a0
 def ranks(
     better:Tensor, # `(q,)` from `placement`
     equal:Tensor, # `(q,)` from `placement`

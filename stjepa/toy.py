@@ -130,15 +130,16 @@ def poses(
     s = _ease(rng, num_frames)[::-1 if backwards else 1, None] # (f, 1)
     heading = [rng.normal(0, 0.15), rng.normal(-np.pi/2, 0.15)][pair] if pair < 2 else rng.uniform(0, 2*np.pi)
     ahead = np.array([np.cos(heading), np.sin(heading)]); aside = np.array([-ahead[1], ahead[0]]) * rng.choice([-1, 1])
-    gap, length, turn, grow = rng.uniform(11, 15), rng.uniform(24, 36), rng.uniform(2.2, 4.2), np.log(rng.uniform(1.45, 1.8))
+    gap, length, turn, grow = rng.uniform(11, 15), rng.uniform(24, 36), rng.uniform(3, 5), np.log(rng.uniform(1.45, 1.8))
     a, b, angle, scale = ahead*gap + 0*s, -ahead*gap + 0*s, 0*s, 1 + 0*s
     if pair < 2: a, b = ahead*(s - 0.5)*length + aside*gap, ahead*rng.uniform(-10, 10) - aside*gap + 0*s
     if pair == 2: scale = np.exp((2*s - 1)*grow)
     if pair == 3: b = b + (a - b)*s
     if pair == 4: angle = (s - 0.5)*turn
-    if pair == 5: a, b = (k*ahead*(gap*1.6*(1 - s) + 8.5*s) for k in (1, -1))
-    still = np.ones_like(s); start = rng.uniform(0, 2*np.pi, 2)
-    return np.stack([np.concatenate([a, angle + start[0], scale], 1), np.concatenate([b, start[1]*still, still], 1)])
+    if pair == 5: a, b = (k*ahead*(gap*1.6*(1 - s) + 7*s) for k in (1, -1))
+    still = np.ones_like(s); start = rng.uniform(0, 2*np.pi, 2); angle = angle + start[0]
+    if pair == 4: a = a + 7*np.concatenate([np.cos(angle), np.sin(angle)], 1) # about a pivot near its rim
+    return np.stack([np.concatenate([a, angle, scale], 1), np.concatenate([b, start[1]*still, still], 1)])
 
 # %% ../nbs/05_toy.ipynb #52ac9b4b
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'ToyTeacherConfig', 'labelled_clip', 'clip_pool', 'augment', 'normalised', 'motion_field',
-           'toy_teacher', 'whiten_patch_embed', 'TeacherWithHeads', 'teacher_loss', 'accuracies', 'save_teacher',
-           'train_toy_teacher']
+           'toy_teacher', 'whiten_patch_embed', 'TeacherWithHeads', 'things_of', 'teacher_loss', 'held_out_scores',
+           'save_teacher', 'train_toy_teacher']
 
 # %% ../nbs/06_toy_teacher.ipynb #1e3304a8
 import copy, json, multiprocessing, time
@@ -24,11 +24,11 @@ class ToyTeacherConfig:
     "How the toy teacher is trained."
     out:str # folder for config.json, preprocessor_config.json and model.safetensors
     clips:int=12000 # rendered once, then seen mirrored and backwards
-    steps:int=1600 # optimiser steps
-    batch_size:int=64 # clips per step
+    steps:int=3400 # optimiser steps
+    batch_size:int=32 # clips per step
     lr:float=1e-3 # peak learning rate
     weight_decay:float=0.05 # of AdamW
-    held_out:int=600 # fresh clips for the accuracy
+    held_out:int=240 # fresh clips for the accuracy
     num_workers:int=2 # processes that render
     seed:int=0 # of everything
 
@@ -127,41 +127,53 @@ def whiten_patch_embed(
         basis = vectors[:, -(d//2):].T / (values[-(d//2):, None] + 1e-3*values[-1]).sqrt() / 2
         weight[rows] = rearrange(torch.stack([sign*basis, basis], 1), "d k (c p q) -> d c k p q", p=p, q=p)
 
-# %% ../nbs/06_toy_teacher.ipynb #5eea9bb4
+# %% ../nbs/06_toy_teacher.ipynb #6fa30212
 class TeacherWithHeads(nn.Module):
-    "The teacher, and linear heads for shapes, colours and motion that are dropped when it is saved."
+    "The teacher, and linear heads for objects, colours and motion that are dropped when it is saved."
     def __init__(self, model):
         super().__init__()
         self.model, width = model, model.config.hidden_size
-        self.heads = nn.ModuleList(nn.Linear(width, n) for n in (*[len(SHAPES)]*2, *[len(COLOURS)]*3))
-        self.motion = nn.Linear(width, 5)
+        self.things, self.motion = nn.Linear(width, len(SHAPES) + 2*len(COLOURS)), nn.Linear(width, 5)
 
-    def forward(self, pixels): # `(b, f, c, h, w)` -> six logits, motion `(b, n, 5)`
+    def forward(self, pixels): # `(b, f, c, h, w)` -> actions `(b, 12)`, things `(b, 28)`, motion `(b, n, 5)`
         tokens = self.model.videomae(pixels).last_hidden_state
         pooled = self.model.fc_norm(tokens.mean(1))
-        return [self.model.classifier(pooled), *(head(pooled) for head in self.heads)], self.motion(tokens)
+        return self.model.classifier(pooled), self.things(pooled), self.motion(tokens)
 
-# %% ../nbs/06_toy_teacher.ipynb #2bb26020
-def teacher_loss(
-    logits:list, # of action, two shapes, three colours
+# %% ../nbs/06_toy_teacher.ipynb #d2fd0cef
+def things_of(
     labels:Tensor, # `(b, 6)`
+) -> Tensor: # float `(b, 28)`: 12 shapes, 8 colours of objects, 8 of the background; 1 = there
+    "What a clip shows, as a list of yes and no."
+    counts = len(SHAPES), len(COLOURS), len(COLOURS)
+    return torch.cat([F.one_hot(l, n).amax(1) for l, n in zip((labels[:, 1:3], labels[:, 3:5], labels[:, 5:]), counts)], 1).float()
+
+def teacher_loss(
+    actions:Tensor, # logits `(b, 12)`
+    things:Tensor, # logits `(b, 28)`
     motion:Tensor, # predicted motion field `(b, n, 5)`
-    field:Tensor, # true one
+    labels:Tensor, # `(b, 6)`
+    field:Tensor, # true motion field
 ) -> Tensor:
-    "Cross-entropy of the action, a lighter one of objects and colours, and the squared error of the motion field."
-    losses = [F.cross_entropy(l.float(), y, label_smoothing=0.05) for l, y in zip(logits, labels.T)]
-    return losses[0] + 0.2*sum(losses[1:]) + 10*F.mse_loss(motion.float(), field)
+    "Cross-entropy of the action, squared error of the motion field, and lightly the cross-entropy of what is there."
+    return (F.cross_entropy(actions.float(), labels[:, 0], label_smoothing=0.05) + 10*F.mse_loss(motion.float(), field)
+            + 3*F.binary_cross_entropy_with_logits(things.float(), things_of(labels)))
 
 @torch.inference_mode()
-def accuracies(
+def held_out_scores(
     model:TeacherWithHeads,
     frames:Tensor, # uint8 `(b, f, h, w, c)`
     labels:Tensor, # `(b, 6)`
-) -> list[float]: # of action, two shapes, three colours
-    "Accuracy of the six heads on clips."
+    where:Tensor, # trajectories
+) -> dict:
+    "Accuracy of the action, of the two likeliest shapes and object colours, and the share of the motion field left unexplained."
     model.eval()
-    logits = [model(normalised(f))[0] for f in frames.split(100)]
-    return [round((torch.cat(l).argmax(1) == y).float().mean().item(), 4) for l, y in zip(zip(*logits), labels.T)]
+    actions, things, motion = (torch.cat(o) for o in zip(*[model(normalised(f)) for f in frames.split(60)]))
+    field, there = motion_field(where), things_of(labels)
+    top2 = lambda part: there[:, part].gather(1, things[:, part].topk(2).indices).mean()
+    scores = dict(action=(actions.argmax(1) == labels[:, 0]).float().mean(), shapes=top2(slice(0, 12)), colours=top2(slice(12, 20)),
+                  motion_left=F.mse_loss(motion, field)/field.var())
+    return {name: round(v.item(), 4) for name, v in scores.items()}
 
 # %% ../nbs/06_toy_teacher.ipynb #10bd8b75
 def save_teacher(
@@ -190,11 +202,11 @@ def train_toy_teacher(
         rows = torch.randint(config.clips, (config.batch_size,), generator=rng)
         frames, labels, where = augment(*(tensor[rows] for tensor in pool), rng)
         model.train()
-        with torch.autocast("cpu", torch.bfloat16): logits, motion = model(normalised(frames, rng))
-        loss = teacher_loss(logits, labels, motion, motion_field(where))
+        with torch.autocast("cpu", torch.bfloat16): outputs = model(normalised(frames, rng))
+        loss = teacher_loss(*outputs, labels, motion_field(where))
         optimizer.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(); schedule.step()
-        if step % 100 == 99 or step == config.steps - 1:
-            result = dict(step=step + 1, seconds=round(time.time() - start), loss=round(loss.item(), 3), motion=round(F.mse_loss(motion.float(), motion_field(where)).item()/motion_field(where).var().item(), 3), accuracy=accuracies(model, *test[:2]))
+        if (step + 1) % 200 == 0 or step + 1 == config.steps:
+            result = dict(step=step + 1, seconds=round(time.time() - start), loss=round(loss.item(), 3), **held_out_scores(model, *test))
             print(json.dumps(result), flush=True); save_teacher(model.model, config.out)
     return result

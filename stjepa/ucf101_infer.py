@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UcfConfig', 'limit_per_class', 'Labelled', 'labelled', 'probe_row', 'write_predictions', 'confusion_matrix',
-           'show_confusion', 'gather_features', 'ucf101_eval', 'main', 'by_metric', 'ucf_table', 'report']
+           'show_confusion', 'gather_features', 'by_metric', 'ucf_table', 'report', 'ucf101_eval', 'main']
 
 # %% ../nbs/42_ucf101_infer.ipynb #568fb342
 import csv, time
@@ -57,6 +57,7 @@ class Labelled:
     y:Tensor # `(n,)` int64
     groups:list # a group name per clip
 
+# %% ../nbs/42_ucf101_infer.ipynb #493baaa1
 def labelled(dataset:Dataset, found) -> Labelled:
     "Join `Features` with the records they belong to."
     records = [dataset.records[row] for row in found.rows.tolist()]
@@ -91,7 +92,7 @@ def write_predictions(
             out.writerow((record.path.relative_to(dataset.root).as_posix(), dataset.classes[record.label], names[0], f"{p[0]:.4f}",
                           "; ".join(f"{name} {q:.4f}" for name, q in zip(names, p))))
 
-# %% ../nbs/42_ucf101_infer.ipynb #65ec5be2
+# %% ../nbs/42_ucf101_infer.ipynb #6b4340f6
 def confusion_matrix(
     labels:Tensor, # `(n,)` int64
     predicted:Tensor, # `(n,)` int64
@@ -101,6 +102,7 @@ def confusion_matrix(
     counts = torch.bincount(labels * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes).double()
     return counts / counts.sum(1, keepdim=True).clamp_min(1)
 
+# %% ../nbs/42_ucf101_infer.ipynb #65ec5be2
 def show_confusion(confusion:Tensor, classes:list[str], title:str=""):
     "The confusion matrix as a figure; class names where they can be read."
     import matplotlib.pyplot as plt
@@ -122,6 +124,29 @@ def gather_features(config:UcfConfig, rows:list[str]) -> tuple: # (first rank?, 
         encoders = encoders_of(rows, config.checkpoint, config.teacher, device, dtype)
         return ranks.first, [(d, features(encoders, d, config.store or Path(config.out)/"features", batch_size=config.batch_size,
                                           num_workers=config.num_workers, max_failed=config.max_failed, ranks=ranks)) for d in sets]
+
+# %% ../nbs/42_ucf101_infer.ipynb #71f3c0e9
+def by_metric(
+    results:dict[str,dict], # row -> what `probe_row` found
+    n_classes:int, # how many classes there are
+) -> dict[str,dict]: # metric -> row -> value
+    "Turn the results around and put chance beside them."
+    chance = dict(linear_top1=1/n_classes, linear_top5=min(1, 5/n_classes), knn_top1=1/n_classes)
+    return {m: {**({"chance": chance[m]} if m in chance else {}), **{row: r[m] for row, r in results.items()}} for m in (*chance, "strength")}
+
+# %% ../nbs/42_ucf101_infer.ipynb #b27abad0
+def ucf_table(summary:dict) -> str:
+    "The scores as a Markdown table, in percent."
+    scores = summary["ucf101"]
+    return markdown_table({"linear top-1 %": scores["linear_top1"], "linear top-5 %": scores["linear_top5"], "k-NN top-1 %": scores["knn_top1"]})
+
+# %% ../nbs/42_ucf101_infer.ipynb #df3c864e
+def report(summary:dict, out:Path):
+    "Print the simplest answer first."
+    s = summary; top1 = s["ucf101"]["linear_top1"]
+    print(f"UCF-101 split {s['split']}: {s['row']} top-1 {100*top1[s['row']]:.1f} % of {s['clips']['test']} test clips (chance {100*top1['chance']:.1f} %); "
+          f"predictions in {out/'predictions.csv'}\n\n{ucf_table(s)}\n\nprobes fitted on {s['clips']['train']} train clips, "
+          f"{s['unreadable']} unreadable, {s['missing']} listed without a file, {s['seconds']:.0f} s; confusion matrix in {out/'confusion.png'}")
 
 # %% ../nbs/42_ucf101_infer.ipynb #97cc9fa6
 def ucf101_eval(config:UcfConfig) -> dict: # what summary.json holds; empty on other ranks than the first
@@ -146,24 +171,3 @@ def ucf101_eval(config:UcfConfig) -> dict: # what summary.json holds; empty on o
     return summary
 
 def main(): console(UcfConfig, ucf101_eval, "stjepa_ucf101")
-
-# %% ../nbs/42_ucf101_infer.ipynb #df3c864e
-def by_metric(
-    results:dict[str,dict], # row -> what `probe_row` found
-    n_classes:int, # how many classes there are
-) -> dict[str,dict]: # metric -> row -> value
-    "Turn the results around and put chance beside them."
-    chance = dict(linear_top1=1/n_classes, linear_top5=min(1, 5/n_classes), knn_top1=1/n_classes)
-    return {m: {**({"chance": chance[m]} if m in chance else {}), **{row: r[m] for row, r in results.items()}} for m in (*chance, "strength")}
-
-def ucf_table(summary:dict) -> str:
-    "The scores as a Markdown table, in percent."
-    scores = summary["ucf101"]
-    return markdown_table({"linear top-1 %": scores["linear_top1"], "linear top-5 %": scores["linear_top5"], "k-NN top-1 %": scores["knn_top1"]})
-
-def report(summary:dict, out:Path):
-    "Print the simplest answer first."
-    s = summary; top1 = s["ucf101"]["linear_top1"]
-    print(f"UCF-101 split {s['split']}: {s['row']} top-1 {100*top1[s['row']]:.1f} % of {s['clips']['test']} test clips (chance {100*top1['chance']:.1f} %); "
-          f"predictions in {out/'predictions.csv'}\n\n{ucf_table(s)}\n\nprobes fitted on {s['clips']['train']} train clips, "
-          f"{s['unreadable']} unreadable, {s['missing']} listed without a file, {s['seconds']:.0f} s; confusion matrix in {out/'confusion.png'}")

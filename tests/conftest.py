@@ -5,6 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}" # torchrun starts console scripts by their names
 
 PARSER = configparser.ConfigParser(delimiters=["="])
 PARSER.read(ROOT/"settings.ini", encoding="utf-8")

@@ -88,9 +88,9 @@ def test_recipe_is_one_command(path):
     "A header that says the five things, then one command that passes everything on."
     text = path.read_text(encoding="utf-8")
     for word in ("What:", "Hardware:", "Time:", "Leaves:", "Again:"): assert f"# {word}" in text
-    body = [l for l in text.split("set -euo pipefail\n")[1].splitlines() if l.strip()]
-    assert " ".join(body).count("launch.sh") == 1 and body[0].startswith("exec ") and body[-1].endswith('"$@"')
-    assert re.search(r"launch\.sh\" (stjepa_\w+)", body[0])[1] in ENTRIES
+    body = text.split("set -euo pipefail\n")[1].strip()
+    found = re.fullmatch(r'(\w+="" )?exec "\$\(dirname "\$\{BASH_SOURCE\[0\]\}"\)/launch\.sh" (stjepa_\w+) [^;&|]*"\$@"', body)
+    assert found and found[2] in ENTRIES, body
 
 @pytest.fixture
 def machine(tmp_path):
