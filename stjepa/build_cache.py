@@ -186,10 +186,11 @@ def write_failed(config:BuildConfig, dataset:Dataset) -> dict[int,str]: # row ->
     return failures
 
 def need_few_failures(config:BuildConfig, dataset:Dataset, skipped:dict):
-    "`InputError` once more than `max_failed` of the clips have failed, those on the skip list apart."
+    "`InputError` once more than `max_failed` of the clips have failed, those on the skip list apart; their shards count as missing then."
     failed = set(write_failed(config, dataset)) - set(skipped)
+    if len(failed) > config.max_failed * len(dataset): unmark_failed(config)
     need(len(failed) <= config.max_failed * len(dataset), f"{len(failed)} of {len(dataset)} clips have failed, --max-failed allows {config.max_failed:.0%}; "
-         f"they are listed in {config.cache_dir}/failed.csv. Mend them and add --retry-failed, or name them in a --skip list")
+         f"they are listed in {config.cache_dir}/failed.csv. Mend them or name them in a --skip list, and build again")
 
 # %% ../nbs/13_build_cache.ipynb #3ee5afe7
 def build_shards(config:BuildConfig, teacher:Teacher, projection:Projection, dataset:Dataset, ranks:Ranks):
@@ -215,7 +216,7 @@ def on_first(ranks:Ranks, f, *args):
 
 def unmark_failed(config:BuildConfig):
     "Take back the done-marks of shards that have failed rows."
-    for shard in {row // config.shard_rows for row in read_failures(config.cache_dir)}: mark_path(config.cache_dir, shard).unlink()
+    for shard in {row // config.shard_rows for row in read_failures(config.cache_dir)}: mark_path(config.cache_dir, shard).unlink(missing_ok=True)
 
 # %% ../nbs/13_build_cache.ipynb #dc54fa19
 def build_cache(

@@ -22,13 +22,14 @@ from .pretrain import load_checkpoint, load_student
 from .projection import Projection
 from .video import Dataset, View, loader, to_pixels
 
-# %% ../nbs/40_features.ipynb #2b8d5208
+# %% ../nbs/40_features.ipynb #8c8a19a8
 ROWS = dict(
     chance="guessing",
     mean_pixel="the mean frame, 16 x 16 pixels: what a still, blurred picture gives away",
-    random_init="the student before its first step (checkpoint_step0.pt)",
-    student="the trained student, its tokens averaged",
-    student_predicted="the trained predictor's guess of the teacher's tokens, averaged",
+    random_init="the student before its first step (checkpoint_step0.pt), read out like the trained one",
+    random_encoder="its encoder's tokens, averaged",
+    student="the trained student: its prediction of the teacher's tokens over the whole clip, averaged",
+    student_encoder="the trained student's encoder alone: the tokens under that prediction, averaged",
     teacher_projected="the teacher's tokens through the cache's projection, averaged: what the student was shown",
     teacher="the teacher's tokens, averaged")
 
@@ -107,14 +108,14 @@ def student_encoders(
     checkpoint, # a checkpoint of stjepa_pretrain
     device=torch.device("cpu"), # where to compute
     dtype:torch.dtype=torch.float32, # what to compute in
-) -> dict[str,Encoder]: # `student` and `student_predicted`
+) -> dict[str,Encoder]: # `student` and `student_encoder`
     "The averaged (EMA) weights of a checkpoint on full clips, nothing hidden."
     student, predictor, view, _ = load_student(checkpoint, ema=True, device=device)
     weights, heads = tensor_hash(student.state_dict()), tensor_hash(predictor.state_dict())
     tokens = once(student)
     predicted = lambda frames: pooled(F.normalize(predictor(tokens(frames)).float(), dim=-1))
-    return dict(student=Encoder("student", view, weights, lambda frames: pooled(tokens(frames)), device, dtype),
-                student_predicted=Encoder("student_predicted", view, f"{weights} {heads}", predicted, device, dtype))
+    return dict(student=Encoder("student", view, f"{weights} {heads}", predicted, device, dtype),
+                student_encoder=Encoder("student_encoder", view, weights, lambda frames: pooled(tokens(frames)), device, dtype))
 
 # %% ../nbs/40_features.ipynb #9cec67ad
 def teacher_encoders(
@@ -145,11 +146,11 @@ def encoders_of(
 ) -> list[Encoder]:
     "The encoders of the rows, each model loaded once. `random_init` is the step-0 checkpoint beside the given one; `InputError` if it is missing."
     made = dict(mean_pixel=mean_pixel_encoder(View.from_dict(load_checkpoint(checkpoint)["view"]), device=device))
-    if {"student", "student_predicted"} & set(rows): made |= student_encoders(checkpoint, device, dtype)
+    if {"student", "student_encoder"} & set(rows): made |= student_encoders(checkpoint, device, dtype)
     if {"teacher", "teacher_projected"} & set(rows): made |= teacher_encoders(checkpoint, teacher, device, dtype)
-    if "random_init" in rows:
-        floor = student_encoders(Path(checkpoint).with_name("checkpoint_step0.pt"), device, dtype)["student"]
-        made["random_init"] = dataclasses.replace(floor, name="random_init")
+    if {"random_init", "random_encoder"} & set(rows):
+        floor = student_encoders(Path(checkpoint).with_name("checkpoint_step0.pt"), device, dtype)
+        for row, of in (("random_init", "student"), ("random_encoder", "student_encoder")): made[row] = dataclasses.replace(floor[of], name=row)
     return [made[row] for row in rows]
 
 # %% ../nbs/40_features.ipynb #f6417a76
