@@ -5,26 +5,24 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'ToyTeacherConfig', 'labelled_clip', 'clip_pool', 'augment', 'normalised', 'motion_field',
            'toy_teacher', 'whiten_patch_embed', 'TeacherWithHeads', 'things_of', 'teacher_loss', 'held_out_scores',
-           'save_teacher', 'read_toy_teacher', 'train_toy_teacher']
+           'save_teacher', 'train_toy_teacher']
 
 # %% ../nbs/06_toy_teacher.ipynb #1e3304a8
 import copy, json, multiprocessing, time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from einops import rearrange
 from torch import nn, Tensor
 from .core import generator, progress, save_json, seed_of
-from .toy import ACTIONS, COLOURS, GREYS, HUES, SHAPES, SSV2_SHAPES, UCF101_SHAPES, draw_scene, render, trajectories
+from .toy import ACTIONS, COLOURS, SHAPES, SSV2_SHAPES, UCF101_SHAPES, draw_scene, render, trajectories
 
 # %% ../nbs/06_toy_teacher.ipynb #792aaf2f
 @dataclass
 class ToyTeacherConfig:
     "How the toy teacher is trained."
     out:str # folder for config.json, preprocessor_config.json and model.safetensors
-    start:str="" # folder of a teacher to go on from, on scenes in the toy set's colours and with the action asked of every token
     clips:int=12000 # rendered once, then seen mirrored and backwards
     steps:int=3000 # optimiser steps
     batch_size:int=32 # clips per step
@@ -37,12 +35,10 @@ class ToyTeacherConfig:
 # %% ../nbs/06_toy_teacher.ipynb #a5bbb07d
 def labelled_clip(
     seed:tuple, # what `seed_of` makes the clip from; its last entry is the clip's number
-    objects=HUES, # colours of the objects
-    backgrounds=GREYS, # colours of the background
 ) -> tuple[np.ndarray, list, np.ndarray]: # uint8 `(16, 64, 64, 3)`; action, two shapes, three colours; trajectories `(2, 16, 4)`
     "One training clip, its six labels, and where its two objects are."
     rng, number = np.random.default_rng(seed_of(*seed)), seed[-1]
-    scene = draw_scene(rng, number % len(ACTIONS), UCF101_SHAPES if number//len(ACTIONS) % 2 else SSV2_SHAPES, objects, backgrounds)
+    scene = draw_scene(rng, number % len(ACTIONS), UCF101_SHAPES if number//len(ACTIONS) % 2 else SSV2_SHAPES, COLOURS, COLOURS)
     frames = torch.from_numpy(render(scene, 16, 72, 72))
     frames = F.interpolate(rearrange(frames, "f h w c -> f c h w"), (64, 64), mode="bilinear", antialias=True)
     shapes, colours = list(SHAPES), list(COLOURS)
@@ -55,15 +51,13 @@ def clip_pool(
     name:str, # pools of different names share no clip
     seed:int=0,
     num_workers:int=2, # processes; with fewer than two it happens here
-    **colours, # `objects` and `backgrounds`
 ) -> tuple[Tensor, Tensor, Tensor]: # uint8 `(b, f, h, w, c)`; int64 `(b, 6)`; trajectories `(b, 2, f, 4)`
     "Many labelled clips, rendered in parallel."
     out = torch.empty(number, 16, 64, 64, 3, dtype=torch.uint8), torch.empty(number, 6, dtype=torch.long), torch.empty(number, 2, 16, 4)
     seeds = [(seed, name, i) for i in range(number)]
     with ExitStack() as stack:
         pool = num_workers > 1 and stack.enter_context(multiprocessing.get_context("forkserver").Pool(num_workers, torch.set_num_threads, (1,)))
-        make = partial(labelled_clip, **colours)
-        clips = pool.imap(make, seeds, chunksize=16) if pool else map(make, seeds)
+        clips = pool.imap(labelled_clip, seeds, chunksize=16) if pool else map(labelled_clip, seeds)
         for i, clip in enumerate(progress(clips, "rendering", total=number, unit="clip")):
             for tensor, value in zip(out, clip): tensor[i] = torch.as_tensor(value)
     return out
@@ -141,10 +135,10 @@ class TeacherWithHeads(nn.Module):
         self.model, width = model, model.config.hidden_size
         self.things, self.motion = nn.Linear(width, len(SHAPES) + 2*len(COLOURS)), nn.Linear(width, 5)
 
-    def forward(self, pixels): # `(b, f, c, h, w)` -> actions `(b, 12)`, things `(b, 28)`, motion `(b, n, 5)`, actions of tokens `(b, n, 12)`
+    def forward(self, pixels): # `(b, f, c, h, w)` -> actions `(b, 12)`, things `(b, 28)`, motion `(b, n, 5)`
         tokens = self.model.videomae(pixels).last_hidden_state
         pooled = self.model.fc_norm(tokens.mean(1))
-        return self.model.classifier(pooled), self.things(pooled), self.motion(tokens), self.model.classifier(self.model.fc_norm(tokens))
+        return self.model.classifier(pooled), self.things(pooled), self.motion(tokens)
 
 # %% ../nbs/06_toy_teacher.ipynb #d2fd0cef
 def things_of(
@@ -158,15 +152,12 @@ def teacher_loss(
     actions:Tensor, # logits `(b, 12)`
     things:Tensor, # logits `(b, 28)`
     motion:Tensor, # predicted motion field `(b, n, 5)`
-    tokens:Tensor, # logits `(b, n, 12)`
     labels:Tensor, # `(b, 6)`
     field:Tensor, # true motion field
-    every_token:bool=False, # ask every token for the action, and the rest more lightly
 ) -> Tensor:
-    "Cross-entropy of the action, squared error of the motion field, and the cross-entropy of what is there."
-    action = lambda logits: F.cross_entropy(logits.float(), labels[:, 0].repeat_interleave(len(logits) // len(labels)), label_smoothing=0.05)
-    what, where = F.binary_cross_entropy_with_logits(things.float(), things_of(labels)), F.mse_loss(motion.float(), field)
-    return action(actions) + (action(tokens.flatten(0, 1)) + 2*where + 2*what if every_token else 10*where + 3*what)
+    "Cross-entropy of the action, squared error of the motion field, and lightly the cross-entropy of what is there."
+    return (F.cross_entropy(actions.float(), labels[:, 0], label_smoothing=0.05) + 10*F.mse_loss(motion.float(), field)
+            + 3*F.binary_cross_entropy_with_logits(things.float(), things_of(labels)))
 
 @torch.inference_mode()
 def held_out_scores(
@@ -177,7 +168,7 @@ def held_out_scores(
 ) -> dict:
     "Accuracy of the action, of the two likeliest shapes and object colours, and the share of the motion field left unexplained."
     model.eval()
-    actions, things, motion, _ = (torch.cat(o) for o in zip(*[model(normalised(f)) for f in frames.split(60)]))
+    actions, things, motion = (torch.cat(o) for o in zip(*[model(normalised(f)) for f in frames.split(60)]))
     field, there = motion_field(where), things_of(labels)
     top2 = lambda part: there[:, part].gather(1, things[:, part].topk(2).indices).mean()
     scores = dict(action=(actions.argmax(1) == labels[:, 0]).float().mean(), shapes=top2(slice(0, 12)), colours=top2(slice(12, 20)),
@@ -194,22 +185,15 @@ def save_teacher(
     save_json(Path(out)/"preprocessor_config.json", dict(image_processor_type="VideoMAEImageProcessor", do_resize=True, size=dict(shortest_edge=64),
         do_center_crop=True, crop_size=dict(height=64, width=64), resample=2, do_rescale=True, rescale_factor=1/255, do_normalize=True, image_mean=MEAN, image_std=STD))
 
-# %% ../nbs/06_toy_teacher.ipynb #61acda5e
-def read_toy_teacher(folder):
-    "A toy teacher with its classifier, in float32."
-    from transformers import VideoMAEForVideoClassification
-    return VideoMAEForVideoClassification.from_pretrained(folder, dtype=torch.float32)
-
 # %% ../nbs/06_toy_teacher.ipynb #5ba0dab7
 def train_toy_teacher(
     config:ToyTeacherConfig,
 ) -> dict: # steps, seconds and held-out accuracies
     "Train the toy teacher and save it; bfloat16 autocast, AdamW, warm-up and cosine."
     torch.manual_seed(config.seed); start = time.time()
-    colours = {} if config.start else dict(objects=COLOURS, backgrounds=COLOURS)
-    pool, test = (clip_pool(n, name, config.seed, config.num_workers, **colours) for n, name in ((config.clips, "train"), (config.held_out, "held out")))
-    model = TeacherWithHeads(read_toy_teacher(config.start) if config.start else toy_teacher())
-    if not config.start: whiten_patch_embed(model.model, normalised(pool[0][:200]))
+    pool, test = (clip_pool(n, name, config.seed, config.num_workers) for n, name in ((config.clips, "train"), (config.held_out, "held out")))
+    model = TeacherWithHeads(toy_teacher())
+    whiten_patch_embed(model.model, normalised(pool[0][:200]))
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.08)
     for step in progress(range(config.steps), "training", unit="step"):
@@ -218,7 +202,7 @@ def train_toy_teacher(
         frames, labels, where = augment(*(tensor[rows] for tensor in pool), rng)
         model.train()
         with torch.autocast("cpu", torch.bfloat16): outputs = model(normalised(frames, rng))
-        loss = teacher_loss(*outputs, labels, motion_field(where), every_token=bool(config.start))
+        loss = teacher_loss(*outputs, labels, motion_field(where))
         optimizer.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(); schedule.step()
         if (step + 1) % 200 == 0 or step + 1 == config.steps:
