@@ -53,12 +53,14 @@ def read_recipe(
 def prepare(config:DemoConfig, recipe:dict) -> dict[str,float]: # seconds of each job
     "Toy data and the teacher's cache, the same for every seed; what is there already is kept."
     out, seconds, began = Path(config.out), {}, time.perf_counter()
+    first = not (out/"prepared.json").exists()
     make_toy(ToyConfig(**{**recipe["toy"], "out": str(out/"data"), "num_workers": config.num_workers}))
     seconds["toy"], began = time.perf_counter() - began, time.perf_counter()
     build_cache(BuildConfig(**{**recipe["build_cache"], "data_root": str(out/"data"/"ssv2"), "cache_dir": str(out/"cache"),
                                "teacher": str(out/"data"/"teacher"), "num_workers": config.num_workers}))
     seconds["build_cache"] = time.perf_counter() - began
-    return seconds
+    if first: save_json(out/"prepared.json", seconds)
+    return read_json(out/"prepared.json")
 
 # %% ../nbs/50_demo.ipynb #b253551d
 def run_seed(
@@ -68,7 +70,10 @@ def run_seed(
 ) -> dict: # `seconds`, `pretrain`, `ucf101`, `retrieval`
     "Train and judge one student."
     out, run, began = Path(config.out), Path(config.out)/f"seed{seed}", time.perf_counter()
-    if (run/"summary.json").exists(): return read_json(run/"summary.json")
+    if (run/"summary.json").exists():
+        done = read_json(run/"summary.json")
+        need(done["recipe"] == recipe, f"{run}: was made with another recipe; remove it or name another --out")
+        return done
     common, data = dict(seed=seed, num_workers=config.num_workers), out/"data"
     trained = pretrain(PretrainConfig(**{**recipe["pretrain"], **common, "data_root": str(data/"ssv2"), "cache_dir": str(out/"cache"),
                                          "out": str(run/"pretrain"), "resume": "auto", "num_workers": 0}))
@@ -77,7 +82,7 @@ def run_seed(
     found = retrieval_eval(RetrievalConfig(**{**recipe["retrieval"], **judge, "msrvtt_root": str(data/"msrvtt"),
                                               "msvd_root": str(data/"msvd"), "out": str(run/"retrieval")}))
     trained["curve"] = [[r["step"], r["hidden_loss"]] for r in read_jsonl(run/"pretrain"/"metrics.jsonl") if "hidden_loss" in r]
-    summary = dict(seed=seed, seconds=time.perf_counter() - began, pretrain=trained, ucf101=ucf["ucf101"], retrieval=found["retrieval"])
+    summary = dict(seed=seed, seconds=time.perf_counter() - began, pretrain=trained, ucf101=ucf["ucf101"], retrieval=found["retrieval"], recipe=recipe)
     save_json(run/"summary.json", summary)
     return summary
 
@@ -202,14 +207,15 @@ def demo(
     config:DemoConfig, # options
 ) -> dict: # what `summary.json` holds
     "Run every seed, print the table, write `summary.json` and `report.html`."
-    recipe, began = read_recipe(config.recipe), time.perf_counter()
+    recipe = read_recipe(config.recipe)
     try: seeds = [int(s) for s in config.seeds.split(",")]
     except ValueError: raise InputError(f"--seeds {config.seeds}: expected whole numbers with commas between them") from None
     shared = prepare(config, recipe)
     runs = {str(s): run_seed(config, recipe, s) for s in seeds}
-    summary = dict(mean_of(list(runs.values())), seeds=runs, shared_seconds=shared, total_seconds=time.perf_counter() - began,
-                   hardware=hardware(), version=stjepa.__version__, recipe=recipe)
-    summary.pop("seed", None)
+    total = sum(shared.values()) + sum(r["seconds"] for r in runs.values())
+    numbers = mean_of([{k: r[k] for k in ("seconds", "pretrain", "ucf101", "retrieval")} for r in runs.values()])
+    runs = {s: {k: v for k, v in r.items() if k != "recipe"} for s, r in runs.items()}
+    summary = dict(numbers, seeds=runs, shared_seconds=shared, total_seconds=total, hardware=hardware(), version=stjepa.__version__, recipe=recipe)
     save_json(Path(config.out)/"summary.json", summary)
     write_report(config, summary)
     print("\n" + result_table(summary) + "\n\n" + "\n".join(headline(summary)) +

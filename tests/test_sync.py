@@ -10,7 +10,7 @@ def _files(root):
     "Relative path -> bytes of what nbdev reads and writes under `root`."
     paths = [p for part in PARTS for p in ([root/part] if (root/part).is_file() else sorted((root/part).rglob("*")))]
     return {str(p.relative_to(root)): p.read_bytes() for p in paths if p.suffix in (".py", ".ipynb", ".toml", ".md")
-            and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
+            and not {"__pycache__", ".ipynb_checkpoints", "assets"} & set(p.parts)}
 
 @pytest.fixture(scope="module")
 def remade(tmp_path_factory):
