@@ -400,7 +400,8 @@ def loader(
     seed:int=0, # the run's seed
     **kwargs, # of `DataLoader`, e.g. `shuffle`
 ) -> torch.utils.data.DataLoader:
-    "Batches of clips, in the order of `rows`. Each worker decodes and resizes on one thread (torch's own habit in workers)."
+    "Batches of clips, in the order of `rows`. Each worker decodes and resizes on one thread (torch's own habit in workers); there are no more of them than cores."
+    num_workers = min(num_workers, os.cpu_count() or 1)
     return torch.utils.data.DataLoader(ClipDataset(records, view, rows=rows, seed=seed), batch_size=batch_size, num_workers=num_workers,
                                        timeout=timeout if num_workers else 0, collate_fn=collate, **kwargs)
 
