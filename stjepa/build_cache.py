@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .cache import Cache, create_cache, differences, finished_shards, is_cache, mark_path, read_failures, read_meta, write_shard
 from .core import InputError, Ranks, atomic_path, console, generator, need, pick_device, pick_dtype, process_group, progress
-from .projection import KINDS, Projection, TokenStats, fit_projection
+from .projection import Projection, TokenStats, fit_projection
 from .ssv2 import ssv2
 from .teacher import Teacher, load_teacher
 from .video import Dataset, loader, read_skip, skipped_rows, to_pixels

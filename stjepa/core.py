@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'InputError', 'need', 'need_dir', 'read_json', 'flag', 'p
            'save_json', 'git_commit', 'start_run', 'JsonlLog', 'read_jsonl', 'Ranks', 'process_group', 'progress']
 
 # %% ../nbs/00_core.ipynb #61604bb4
-import argparse, dataclasses, hashlib, json, os, random, subprocess, sys, time, types, typing
+import argparse, dataclasses, hashlib, json, os, subprocess, sys, types, typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path

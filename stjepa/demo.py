@@ -17,7 +17,7 @@ from .build_cache import BuildConfig, build_cache
 from .cache import Cache
 from .core import InputError, console, generator, need, read_json, read_jsonl, save_json
 from .features import ROWS
-from .masking import MASKS, gather_space, paint_hidden, split_idx
+from .masking import MASKS, paint_hidden, split_idx
 from .pretrain import PretrainConfig, load_student, pretrain, split_rows
 from .retrieval import RetrievalConfig, retrieval_eval
 from .teacher import pca_colours

@@ -21,7 +21,7 @@ from .core import (InputError, JsonlLog, Ranks, atomic_path, console, generator,
 from .masking import clip_masks
 from .objective import Jepa, MeanToken, Predictor, cosine_loss, take_targets
 from .ssv2 import ssv2
-from .student import Student, StudentConfig, num_params, student_config
+from .student import Student, num_params, student_config
 from .video import VideoError, View, load_clip
 
 # %% ../nbs/30_pretrain.ipynb #173b1e8d
