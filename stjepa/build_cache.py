@@ -22,7 +22,8 @@ from .core import InputError, Ranks, atomic_path, console, generator, need, pick
 from .projection import Projection, TokenStats, fit_projection
 from .ssv2 import ssv2
 from .teacher import Teacher, load_teacher
-from .video import Dataset, loader, read_skip, skipped_rows, to_pixels
+from .records import Dataset, read_skip, skipped_rows
+from .video import loader, to_pixels
 
 # %% ../nbs/13_build_cache.ipynb #c41e4e34
 @dataclass

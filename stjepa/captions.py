@@ -10,7 +10,7 @@ __all__ = ['video_id', 'add_captions', 'read_caption_json', 'read_csv_captions',
 import csv, pickle
 from pathlib import Path
 from .core import InputError, need, need_dir, read_json
-from .video import VIDEO_SUFFIXES, Dataset, list_file, scan_files, stem, with_videos
+from .records import VIDEO_SUFFIXES, Dataset, list_file, scan_files, stem, with_videos
 
 # %% ../nbs/04_captions.ipynb #a7923f14
 def video_id(name:str) -> str:

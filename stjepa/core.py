@@ -53,11 +53,14 @@ def read_json(
 COMMANDS = dict(
     stjepa="list the commands",
     stjepa_toy="write the built-in toy data: four datasets in their real layouts, and a small teacher",
+    stjepa_data="check a dataset's folder: what it is, which videos are there, which can be read",
     stjepa_build_cache="run the frozen teacher once over a dataset and keep its projected tokens in zarr",
+    stjepa_cache="look into a cache of targets: info, verify, repair, stats, export",
     stjepa_pretrain="train the student to predict cached teacher tokens of hidden tubes",
     stjepa_ucf101="UCF-101: linear probe on frozen features, predictions and confusion matrix",
     stjepa_retrieval="MSR-VTT and MSVD: text-video retrieval on frozen features",
-    stjepa_demo="the whole flow on the toy data, with a report")
+    stjepa_demo="the whole flow on the toy data, with a report",
+    stjepa_bench="measure this machine: our rooms beside a reference, in turns")
 
 # %% ../nbs/00_core.ipynb #8e3cdc4c
 def _scalar(annotation):

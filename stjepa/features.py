@@ -20,7 +20,8 @@ from typing import Callable
 from .core import InputError, Ranks, atomic_path, need, progress, stable_hash, tensor_hash
 from .pretrain import load_checkpoint, load_student
 from .projection import Projection
-from .video import Dataset, View, loader, to_pixels
+from .records import Dataset
+from .video import View, loader, to_pixels
 
 # %% ../nbs/40_features.ipynb #8c8a19a8
 ROWS = dict(

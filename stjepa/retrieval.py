@@ -23,7 +23,8 @@ from .core import InputError, atomic_path, console, generator, need, pick_device
 from .features import encoders_of, features, markdown_table, read_rows, write_failed
 from .pretrain import load_checkpoint
 from .probe import hits, placement, ranks, standardiser
-from .video import Dataset, View, load_clip
+from .records import Dataset
+from .video import View, load_clip
 
 # %% ../nbs/43_retrieval.ipynb #e9f60634
 def best_caption(

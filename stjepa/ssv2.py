@@ -9,7 +9,7 @@ __all__ = ['template_class', 'read_classes', 'read_items', 'read_answers', 'ssv2
 import csv
 from pathlib import Path
 from .core import InputError, need, need_dir, read_json
-from .video import Dataset, list_file, scan_files, with_videos
+from .records import Dataset, list_file, scan_files, with_videos
 
 # %% ../nbs/02_ssv2.ipynb #b0420540
 def template_class(template:str) -> str:

@@ -9,7 +9,7 @@ __all__ = ['read_classes', 'parse_line', 'video_key', 'read_list', 'ucf101']
 import re
 from pathlib import Path
 from .core import InputError, need, need_dir
-from .video import Dataset, list_file, scan_files, with_videos
+from .records import Dataset, list_file, scan_files, with_videos
 
 # %% ../nbs/03_ucf101.ipynb #49d747c3
 def _lines(path) -> list[str]:

@@ -16,7 +16,7 @@ from .core import Ranks, atomic_path, console, need, pick_device, pick_dtype, pr
 from .features import encoders_of, features, markdown_table, read_rows, write_failed
 from .probe import knn_scores, linear_probe, topk_accuracy
 from .ucf101 import ucf101
-from .video import Dataset
+from .records import Dataset
 
 # %% ../nbs/42_ucf101_infer.ipynb #a0435899
 @dataclass

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import av, numpy as np, pytest, torch
 from stjepa.core import InputError
-from stjepa.video import (ClipDataset, Record, VideoError, View, _read_decord, _read_pyav, frame_indices, load_clip, loader,
-                          probe, read_frames, resize_crop, to_pixels, write_video)
+from stjepa.records import Record
+from stjepa.video import ClipDataset, VideoError, View, _read_decord, _read_pyav, frame_indices, load_clip, loader, probe, read_frames, resize_crop, to_pixels, write_video
 
 VIEW = View(num_frames=16, size_px=64)
 FORMATS = [("clip.webm", 171), ("clip.avi", 170), ("clip.mp4", 170)] # suffix says the codec; VP9 takes SSv2's odd widths
@@ -105,7 +105,7 @@ def test_bad_files_are_refused_with_the_reason(videos, tmp_path):
 
 def test_bad_files_print_nothing(videos, tmp_path):
     _bad(tmp_path, videos)
-    code = ("import sys; from pathlib import Path; from stjepa.video import *\n"
+    code = ("import sys; from pathlib import Path; from stjepa.records import Record; from stjepa.video import *\n"
             "clips = ClipDataset([Record(p.name, p) for p in sorted(Path(sys.argv[1]).iterdir())], View())\n"
             "assert all('error' in clips[i] for i in range(len(clips)))")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
