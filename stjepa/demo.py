@@ -138,7 +138,7 @@ def predicted_colours(
     student, predictor, _, ckpt = load_student(checkpoint)
     (t, h, w), frames, targets = cache.grid, cache.frames(row), cache.targets(row).float()
     hidden = MASKS[ckpt["config"]["mask"]](1, (h, w), ckpt["config"]["mask_ratio"], generator("picture", row))
-    predicted = predictor(student(frames[None], split_idx(hidden)[0]))[0]
+    predicted = predictor.predict(student, frames[None], split_idx(hidden)[0])[0]
     unit = torch.nn.functional.normalize
     both = pca_colours(torch.cat([unit(targets, dim=-1), unit(predicted, dim=-1)]), (2 * t, h, w))
     size = frames.shape[1]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ROWS', 'read_rows', 'tiny_student', 'Encoder', 'mean_pixel_encoder', 'once', 'pooled', 'student_encoders',
            'teacher_encoders', 'encoders_of', 'Features', 'encode_all', 'join', 'store_path', 'write_features',
-           'read_features', 'check_features', 'features', 'write_failed', 'markdown_table']
+           'read_features', 'check_features', 'features', 'write_failed', 'leave_out', 'skip_note', 'write_skipped',
+           'markdown_table']
 
-# %% ../nbs/40_features.ipynb #cac06a7e
-import csv, dataclasses, json
+# %% ../nbs/40_features.ipynb #1aea7d4b
+import dataclasses, json
 import torch, torch.nn.functional as F
 from dataclasses import dataclass
 from einops import rearrange, reduce
@@ -20,7 +21,8 @@ from typing import Callable
 from .core import InputError, Ranks, atomic_path, need, progress, stable_hash, tensor_hash
 from .pretrain import load_checkpoint, load_student
 from .projection import Projection
-from .records import Dataset
+from .data import write_csv
+from .records import Dataset, read_skip, skipped_rows
 from .video import View, loader, to_pixels
 
 # %% ../nbs/40_features.ipynb #8c8a19a8
@@ -255,9 +257,35 @@ def write_failed(
 ) -> int: # how many clips
     "List the clips that could not be read. No file is written when there are none."
     failed = [(d.records[row].path.relative_to(d.root).as_posix(), reason) for d, f in pairs for row, reason in f.errors]
-    if failed:
-        with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows([("file", "reason"), *failed])
+    if failed: write_csv(path, ("file", "reason"), failed)
     return len(failed)
+
+# %% ../nbs/40_features.ipynb #2385c7af
+def leave_out(
+    dataset:Dataset, # one list of videos
+    skip:str, # a csv `file,reason`, or several with commas between; empty for none
+) -> tuple[Dataset,list]: # the others; `(file, reason)` of those left out
+    "A list without the videos that a skip list names; `InputError` if none would remain."
+    paths = [skip] if Path(skip).exists() else skip.split(",")
+    bad = skipped_rows(dataset, {file: reason for path in paths for file, reason in read_skip(path.strip()).items()})
+    need(len(bad) < len(dataset) or not bad, f"--skip {skip}: names every video of {dataset.name} {dataset.split}")
+    left = [(dataset.records[row].path.relative_to(dataset.root).as_posix(), reason) for row, reason in bad.items()]
+    return dataclasses.replace(dataset, records=[r for row, r in enumerate(dataset.records) if row not in bad]), left
+
+# %% ../nbs/40_features.ipynb #825cc726
+def skip_note(
+    left:dict[str,list], # list, e.g. `train` -> what `leave_out` took from it
+) -> str: # empty if nothing was left out
+    "What the reader of a score has to know about videos left out."
+    if not any(left.values()): return ""
+    tested = sum(len(files) for name, files in left.items() if name.endswith("test"))
+    return (f"left out by --skip: {', '.join(f'{len(files)} of {name}' for name, files in left.items() if files)} (skipped.csv); "
+            + ("these scores are not those of the whole test list" if tested else "no test video among them"))
+
+def write_skipped(path, left:dict[str,list]) -> dict[str,int]: # list -> how many
+    "List what was left out in a csv `file,reason`, unless it is nothing."
+    if any(left.values()): write_csv(path, ("file", "reason"), [row for files in left.values() for row in files])
+    return {name: len(files) for name, files in left.items()}
 
 # %% ../nbs/40_features.ipynb #6f291282
 def markdown_table(

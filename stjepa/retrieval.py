@@ -20,7 +20,7 @@ from torch import Tensor
 from typing import Callable
 from .captions import msrvtt, msvd
 from .core import InputError, atomic_path, console, generator, need, pick_device, pick_dtype, process_group, save_json, stable_hash, start_run, tensor_hash
-from .features import encoders_of, features, markdown_table, read_rows, write_failed
+from .features import encoders_of, features, leave_out, markdown_table, read_rows, skip_note, write_failed, write_skipped
 from .pretrain import load_checkpoint
 from .probe import hits, placement, ranks, standardiser
 from .records import Dataset
@@ -257,18 +257,21 @@ class RetrievalConfig:
     seed:int=0 # of the heads and of the training videos they are chosen on
     limit:int=0 # videos per list, for a quick try; 0 takes all
     max_failed:float=0.05 # share of the videos that may be unreadable before the job fails, 0-1
+    skip:str="" # bad_videos.csv of stjepa_data, or two with a comma between: videos to leave out; a test video left out changes what is measured
 
     @property
     def kept(self) -> Path: return Path(self.store or Path(self.out)/"features")
 
 # %% ../nbs/43_retrieval.ipynb #485a7ee8
-def read_lists(config:RetrievalConfig) -> dict[str,tuple]: # dataset name -> train and test `Dataset`
-    "The lists of the sets asked for, each trained and judged by itself. `InputError` if there is none."
+def read_lists(config:RetrievalConfig) -> tuple[dict,dict]: # dataset name -> train and test `Dataset`; list -> what was left out of it
+    "The lists of the sets asked for, each trained and judged by itself, without the videos that `skip` names. `InputError` if there is none."
     roots = dict(msrvtt=(msrvtt, config.msrvtt_root), msvd=(msvd, config.msvd_root))
     roots = {name: (read, root) for name, (read, root) in roots.items() if root != "none"}
     need(roots, "MSRVTT_ROOT and MSVD_ROOT are both none: nothing to do")
-    cut = lambda d: replace(d, records=d.records[:config.limit or None])
-    return {name: (cut(read(root, "train")), cut(read(root, "test"))) for name, (read, root) in roots.items()}
+    cut = lambda d: leave_out(replace(d, records=d.records[:config.limit or None]), config.skip)
+    found = {name: [cut(read(root, s)) for s in ("train", "test")] for name, (read, root) in roots.items()}
+    left = {f"{name} {s}": out for name, pairs in found.items() for s, (_, out) in zip(("train", "test"), pairs)}
+    return {name: tuple(rest for rest, _ in pairs) for name, pairs in found.items()}, left
 
 # %% ../nbs/43_retrieval.ipynb #a3637d8d
 def gather_features(config:RetrievalConfig, rows:list[str], lists:dict) -> tuple: # (first rank?, name -> (train, test) features by row)
@@ -336,7 +339,7 @@ def show_gallery(rows:list[tuple], view):
     figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.2/len(rows), wspace=0.08, hspace=0.3)
     for axis in axes.flat: axis.set(xticks=[], yticks=[], frame_on=False)
     for line, (caption, rank, records, right) in zip(axes, rows):
-        line[0].set_title(f"{rank:g}: {caption}", fontsize=7, loc="left", pad=3)
+        line[0].set_title(f"{rank:g}: {caption}", fontsize=7, loc="left", pad=3, parse_math=False)
         for axis, record in zip(line, records):
             axis.imshow(load_clip(record.path, view, record.id).frames[view.num_frames // 2])
             if record is right: axis.set_frame_on(True); axis.spines[:].set(color="limegreen", linewidth=4)
@@ -370,6 +373,7 @@ def report(summary:dict) -> str:
         lines.append(f"{TITLES[name]}: the {summary['row']} row ranks the right video first for {100*r1[summary['row']]:.1f} % of {n['test_captions']} captions "
                      f"among {n['test_videos']} videos (chance {100*r1['chance']:.1f} %).")
     lines.append(f"Linear heads trained on the training captions over frozen features; text model: {summary['text_model']}.")
+    if summary["skip_note"]: lines.append(summary["skip_note"])
     return "\n\n".join(lines + [f"**{TITLES[name]}**\n\n{retrieval_table(scores)}" for name, scores in summary["retrieval"].items()])
 
 # %% ../nbs/43_retrieval.ipynb #4e7db5a2
@@ -384,7 +388,7 @@ def write_results(summary:dict, gallery:list, config:RetrievalConfig, out:Path):
 # %% ../nbs/43_retrieval.ipynb #e42b0365
 def retrieval_eval(config:RetrievalConfig) -> dict: # what summary.json holds; empty on other ranks than the first
     "Fit heads for every row and set, write tables and gallery, print the answer. `InputError` names what is wrong with the input."
-    start, rows, lists = time.time(), read_rows(config.rows), read_lists(config)
+    start, rows, (lists, left) = time.time(), read_rows(config.rows), read_lists(config)
     need(rows, f"--rows {config.rows}: name at least one row besides chance")
     encoder = load_text_encoder(config.text_model, pick_device(config.device))
     first, found = gather_features(config, rows, lists)
@@ -396,7 +400,8 @@ def retrieval_eval(config:RetrievalConfig) -> dict: # what summary.json holds; e
     pairs = [(d, f[shown]) for name, sets in lists.items() for d, f in zip(sets, found[name])]
     summary = dict(retrieval=part("scores"), row=shown, counts=part("counts"), chosen=part("chosen"), text_model=encoder.name,
                    checkpoint=str(config.checkpoint), seed=config.seed, unreadable=write_failed(out/"failed.csv", pairs),
-                   missing=sum(len(d.missing) for d, _ in pairs), seconds=round(time.time() - start, 1))
+                   missing=sum(len(d.missing) for d, _ in pairs), skipped=write_skipped(out/"skipped.csv", left), skip_note=skip_note(left),
+                   seconds=round(time.time() - start, 1))
     write_results(summary, [row for rows in part("gallery").values() for row in rows], config, out)
     return summary
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UcfConfig', 'limit_per_class', 'Labelled', 'labelled', 'probe_row', 'write_predictions', 'confusion_matrix',
-           'show_confusion', 'gather_features', 'by_metric', 'ucf_table', 'report', 'ucf101_eval', 'main']
+           'show_confusion', 'read_lists', 'gather_features', 'by_metric', 'ucf_table', 'report', 'ucf101_eval', 'main']
 
 # %% ../nbs/42_ucf101_infer.ipynb #568fb342
 import csv, time
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from torch import Tensor
 from .core import Ranks, atomic_path, console, need, pick_device, pick_dtype, process_group, save_json, start_run
-from .features import encoders_of, features, markdown_table, read_rows, write_failed
+from .features import encoders_of, features, leave_out, markdown_table, read_rows, skip_note, write_failed, write_skipped
 from .probe import knn_scores, linear_probe, topk_accuracy
 from .ucf101 import ucf101
 from .records import Dataset
@@ -36,6 +36,7 @@ class UcfConfig:
     seed:int=0 # which groups of the train list the probe's regularisation is chosen on
     limit:int=0 # clips per class and list, for a quick try; 0 takes all
     max_failed:float=0.05 # share of the clips that may be unreadable before the job fails, 0-1
+    skip:str="" # bad_videos.csv of stjepa_data: videos to leave out; a test video left out changes what is measured
 
 # %% ../nbs/42_ucf101_infer.ipynb #7695e7bb
 def limit_per_class(
@@ -115,11 +116,19 @@ def show_confusion(confusion:Tensor, classes:list[str], title:str=""):
     plt.close(figure)
     return figure
 
+# %% ../nbs/42_ucf101_infer.ipynb #90e67be8
+def read_lists(config:UcfConfig) -> tuple[list[Dataset],dict]: # train and test list; list -> what was left out of it
+    "The lists of the split, without the videos that `skip` names."
+    sets, left = [], {}
+    for s in ("train", "test"):
+        rest, left[s] = leave_out(limit_per_class(ucf101(config.data_root, split=config.split, subset=s), config.limit), config.skip)
+        sets.append(rest)
+    return sets, left
+
 # %% ../nbs/42_ucf101_infer.ipynb #480634f2
-def gather_features(config:UcfConfig, rows:list[str]) -> tuple: # (first rank?, [(dataset, features by row)] of train and test)
+def gather_features(config:UcfConfig, rows:list[str], sets:list[Dataset]) -> tuple: # (first rank?, [(dataset, features by row)] of train and test)
     "Features of both lists for every row."
     device = pick_device(config.device); dtype = pick_dtype(config.dtype, device)
-    sets = [limit_per_class(ucf101(config.data_root, split=config.split, subset=s), config.limit) for s in ("train", "test")]
     with process_group(device) as ranks:
         encoders = encoders_of(rows, config.checkpoint, config.teacher, device, dtype)
         return ranks.first, [(d, features(encoders, d, config.store or Path(config.out)/"features", batch_size=config.batch_size,
@@ -136,9 +145,10 @@ def by_metric(
 
 # %% ../nbs/42_ucf101_infer.ipynb #b27abad0
 def ucf_table(summary:dict) -> str:
-    "The scores as a Markdown table, in percent."
-    scores = summary["ucf101"]
-    return markdown_table({"linear top-1 %": scores["linear_top1"], "linear top-5 %": scores["linear_top5"], "k-NN top-1 %": scores["knn_top1"]})
+    "The scores as a Markdown table, in percent, and what was left out of it."
+    scores, note = summary["ucf101"], summary["skip_note"]
+    table = markdown_table({"linear top-1 %": scores["linear_top1"], "linear top-5 %": scores["linear_top5"], "k-NN top-1 %": scores["knn_top1"]})
+    return f"{table}\n\n{note}" if note else table
 
 # %% ../nbs/42_ucf101_infer.ipynb #df3c864e
 def report(summary:dict, out:Path):
@@ -153,7 +163,8 @@ def ucf101_eval(config:UcfConfig) -> dict: # what summary.json holds; empty on o
     "Probe every row, write the student's predictions and print where they are. `InputError` names what is wrong with the input."
     start, rows = time.time(), read_rows(config.rows)
     need(rows, f"--rows {config.rows}: name at least one row besides chance")
-    first, ((train_set, train), (test_set, test)) = gather_features(config, rows)
+    sets, left = read_lists(config)
+    first, ((train_set, train), (test_set, test)) = gather_features(config, rows, sets)
     if not first: return {}
     out, n = start_run(config.out, config), len(train_set.classes)
     results, probabilities = {}, {}
@@ -165,7 +176,8 @@ def ucf101_eval(config:UcfConfig) -> dict: # what summary.json holds; empty on o
     failed = write_failed(out/"failed.csv", [(train_set, train[shown]), (test_set, test[shown])])
     summary = dict(ucf101=by_metric(results, n), row=shown, split=config.split, checkpoint=str(config.checkpoint), seed=config.seed, classes=n,
                    clips=dict(train=len(train[shown].rows), test=len(test[shown].rows)), unreadable=failed,
-                   missing=len(train_set.missing) + len(test_set.missing), seconds=round(time.time() - start, 1))
+                   missing=len(train_set.missing) + len(test_set.missing), skipped=write_skipped(out/"skipped.csv", left), skip_note=skip_note(left),
+                   seconds=round(time.time() - start, 1))
     save_json(out/"summary.json", summary); (out/"table.md").write_text(ucf_table(summary) + "\n")
     report(summary, out)
     return summary

@@ -19,8 +19,12 @@ def test_videomae_huge_and_its_projection():
     frames = torch.randint(0, 256, (1, 16, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tokens = teacher(to_pixels(frames, teacher.view()))
     assert tokens.shape == (1, 1568, 1280) and tokens.isfinite().all()
-    targets = fit_projection(TokenStats(1280).update(tokens), dim=384)(tokens)[0].half()
-    assert targets.shape == (1568, 384) and targets.dtype == torch.float16 and targets.isfinite().all()
+    stats = TokenStats(1280).update(tokens)
+    for kind, dim in dict(pca=384, pca_whiten=384, orthogonal=384, none=1280).items():
+        projection = fit_projection(stats, kind=kind)
+        targets = projection(tokens)[0].half()
+        assert targets.shape == (1568, dim) and targets.dtype == torch.float16 and targets.isfinite().all()
+        assert targets.abs().max() <= projection.bound < 7200
 
 @pytest.mark.slow
 def test_the_student_at_full_size():
