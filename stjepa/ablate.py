@@ -8,10 +8,10 @@ __all__ = ['NOTHING', 'MEASURES', 'AblateConfig', 'Study', 'read_study', 'option
            'measured_ratio', 'results_table', 'main']
 
 # %% ../nbs/60_ablations.ipynb #2d9d7705
-import dataclasses, itertools, json, multiprocessing, os, statistics, time, tomllib
-import stjepa, torch
+import dataclasses, itertools, multiprocessing, statistics, time, tomllib
+import torch
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from .build_cache import BuildConfig, build_cache

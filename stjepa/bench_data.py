@@ -64,7 +64,7 @@ def views_together(
 def loading_time(
     paths:list[Path], # clips, read over and over
     num_workers:int,
-    batches:int=12, # of each worker, the first not timed
+    batches:int=32, # of each worker, the first not timed; so many that a worker idle at the end weighs little
     batch_size:int=4, # clips
 ) -> float: # seconds per clip
     "Time between a loader's clips once all workers are at work."

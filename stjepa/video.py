@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
+from fastcore.basics import patch
 from einops import rearrange
 from torch import Tensor
 from .core import InputError, need, seed_of, stable_hash
@@ -397,11 +398,13 @@ def load_views(
     clip_id:str="", # with `seed`, what a random view draws from
     seed:int=0, # the run's seed
     timeout:float=120, # seconds that decoding may take
+    room:Tensor=None, # `(len(views), f, size, size, 3)` uint8: where the frames go, for views of one size; `None` makes room
 ) -> list[Clip]: # one per view
     "Several Views of a video file that is decoded once; `VideoError` names the file and the reason if there is none."
     taken = lambda n: [frame_indices(v, n, clip_id, seed) for v in views]
     pictures, indices, n = _read(path, lambda n: np.unique(np.concatenate(taken(n))), timeout)
-    clips = [Clip(torch.empty(v.num_frames, v.size_px, v.size_px, 3, dtype=torch.uint8), t, n) for v, t in zip(views, taken(n))]
+    if room is None: room = [torch.empty(v.num_frames, v.size_px, v.size_px, 3, dtype=torch.uint8) for v in views]
+    clips = [Clip(frames, t, n) for frames, t in zip(room, taken(n))]
     for i, picture in zip(indices.tolist(), pictures):
         picture = torch.from_numpy(np.ascontiguousarray(picture))
         for view, clip in zip(views, clips): _place(clip, i, picture, view, crop_box(view, *picture.shape[:2], clip_id, seed))
@@ -531,24 +534,38 @@ class ClipDataset(torch.utils.data.Dataset):
         self.views = [view.numbered(k) for k in range(views)] if views > 1 else [view]
         self.rows = list(range(len(records))) if rows is None else [int(r) for r in rows]
     def __len__(self): return len(self.rows)
-    def __getitem__(self, i) -> list[dict]:
+    def __getitem__(self, i, room=None) -> list[dict]:
         record, k = self.records[self.rows[i]], len(self.views)
         rows = range(self.rows[i] * k, self.rows[i] * k + k)
-        try: clips = load_views(record.path, self.views, record.id, self.seed, self.timeout)
+        try: clips = load_views(record.path, self.views, record.id, self.seed, self.timeout, room)
         except VideoError as e: return [dict(row=r, error=str(e)) for r in rows]
         return [dict(row=r, **c._asdict()) for r, c in zip(rows, clips)]
 
-# %% ../nbs/01_video.ipynb #4825232c
+# %% ../nbs/01_video.ipynb #45bca1de
 def collate(
-    items:list[list[dict]], # of `ClipDataset`
+    items:list[dict], # of `ClipDataset`, one per row
+    room:Tensor, # `(len(items), f, h, w, 3)`: their frames
 ) -> dict: # `rows (b,)`, `frames (b,f,h,w,3)`, `indices (b,f)`, `num_frames (b,)`, `errors [(row, reason)]`
-    "Stack the clips that were read and list those that were not. `frames` and `indices` are `None` when there are none."
-    items = [d for item in items for d in item]
-    good = [d for d in items if "error" not in d]
-    stack = lambda name: torch.utils.data.default_collate([torch.as_tensor(d[name]) for d in good]) if good else None # in a worker: straight into shared memory
-    return dict(rows=torch.tensor([d["row"] for d in good], dtype=torch.int64), frames=stack("frames"), indices=stack("indices"),
-                num_frames=torch.tensor([d["num_frames"] for d in good], dtype=torch.int64),
-                errors=[(d["row"], d["error"]) for d in items if "error" in d])
+    "Bring together the clips that were read, and list those that were not. `frames` and `indices` are `None` when there are none."
+    ok = [i for i, d in enumerate(items) if "error" not in d]
+    values = lambda name: torch.from_numpy(np.array([items[i][name] for i in ok], np.int64))
+    return dict(rows=values("row"), frames=(room if len(ok) == len(items) else room[ok]) if ok else None, indices=values("indices") if ok else None,
+                num_frames=values("num_frames"), errors=[(d["row"], d["error"]) for d in items if "error" in d])
+
+# %% ../nbs/01_video.ipynb #16d2c850
+def _make_room(*shape:int) -> Tensor: # uint8
+    "Uninitialised memory, in a worker process shared with the main one."
+    if torch.utils.data.get_worker_info() is None: return torch.empty(shape, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
+
+@patch
+def __getitems__(self:ClipDataset, items:list[int]) -> dict: # see `collate`
+    "A batch, decoded clip by clip into one tensor."
+    k, v = len(self.views), self.views[0]
+    room = _make_room(len(items) * k, v.num_frames, v.size_px, v.size_px, 3)
+    return collate([d for j, i in enumerate(items) for d in self.__getitem__(i, room[j * k:(j + 1) * k])], room)
+
+def _as_it_is(batch): return batch
 
 # %% ../nbs/01_video.ipynb #2718c0d2
 def loader(
@@ -567,4 +584,4 @@ def loader(
     largest = max(map(len, given)) if isinstance(given, list) else batch_size
     last_resort = timeout * largest + 60 if num_workers else 0 # a worker whose decoder never gives back Python's lock
     return torch.utils.data.DataLoader(ClipDataset(records, view, rows, seed, views, timeout), batch_size=batch_size, num_workers=num_workers,
-                                       timeout=last_resort, collate_fn=collate, **kwargs)
+                                       timeout=last_resort, collate_fn=_as_it_is, **kwargs)
