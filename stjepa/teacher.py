@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Kind', 'quiet', 'hub_answers', 'checkpoint_source', 'checkpoint_file', 'read_config', 'read_processor',
-           'model_side', 'model_frames', 'resize_rules', 'teacher_view', 'patch_tokens', 'Teacher', 'load_teacher',
-           'random_teacher', 'largest_batch', 'pca_colours']
+           'model_side', 'model_frames', 'resize_rules', 'teacher_view', 'patch_tokens', 'Teacher', 'hash_weights',
+           'load_teacher', 'random_teacher', 'largest_batch', 'pca_colours']
 
 # %% ../nbs/10_teacher.ipynb #81aa5864
 import gc, logging, math, re
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from .core import InputError, need, pick_device, pick_dtype, read_json, save_json, tensor_hash
+from .core import InputError, need, read_json, save_json, stable_hash, tensor_hash
 from .video import View
 
 # %% ../nbs/10_teacher.ipynb #838e3a96
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 # %% ../nbs/10_teacher.ipynb #8be0796e
 _siglip = dict(resample=3, unused=r"^(vision_model\.)?head\.")
 KINDS = dict(
-    videomae=Kind("VideoMAEModel", video=True),
+    videomae=Kind("VideoMAEModel", video=True, unused=r"attention\.key\.bias$"),
     vjepa2=Kind("VJEPA2Model", video=True, unused="^predictor", call=dict(skip_predictor=True)),
     dinov2=Kind("Dinov2Model", any_size=True, resample=3, unused="mask_token"),
     dinov2_with_registers=Kind("Dinov2WithRegistersModel", any_size=True, resample=3, unused="mask_token"),
@@ -279,10 +279,7 @@ def _check_weights(
     name:str, # how an error calls the teacher
 ):
     "`InputError` unless every weight that patch tokens depend on came from the checkpoint, and none of it was left over."
-    key_bias = {k for k in info["missing_keys"] if kind.model == "VideoMAEModel" and k.endswith("attention.key.bias")}
-    for k in key_bias: model.get_parameter(k).data.zero_()
-    lost = {*info["missing_keys"]} - key_bias | {k[0] for k in info["mismatched_keys"]}
-    lost = sorted(k for k in lost if not re.search(kind.unused, k))
+    lost = sorted(k for k in {*info["missing_keys"]} | {k[0] for k in info["mismatched_keys"]} if not re.search(kind.unused, k))
     need(not lost, f"teacher {name}: the checkpoint lacks {len(lost)} weights, e.g. {', '.join(lost[:2])}")
     parts = tuple(f"{n}." for n, _ in model.named_children())
     inner = lambda k: k.startswith(parts) or k.removeprefix(f"{model.base_model_prefix}.").startswith(parts)
@@ -303,6 +300,11 @@ def _load_model(name:str, kind:Kind, source:dict):
     if hasattr(model, "predictor"): model.predictor = None
     return model
 
+# %% ../nbs/10_teacher.ipynb #5214aa6f
+def hash_weights(model:nn.Module, kind:Kind) -> str: # 16 hex digits
+    "Hash of an encoder's weights by their values: their names change with the version of transformers."
+    return stable_hash(sorted(tensor_hash({"": v}) for k, v in model.state_dict().items() if not re.search(kind.unused, k)))
+
 # %% ../nbs/10_teacher.ipynb #f8e19793
 def load_teacher(
     name:str, # a folder, or `owner/model` on the hub
@@ -316,7 +318,7 @@ def load_teacher(
     kind, processor = KINDS[read_config(name, source)["model_type"]], read_processor(name, source)
     model = _load_model(name, kind, source)
     view = teacher_view(model.config, processor, name, num_frames)
-    weights_hash = tensor_hash({k: v for k, v in model.state_dict().items() if not re.search(kind.unused, k)})
+    weights_hash = hash_weights(model, kind)
     for p in model.parameters(): p.data = p.data.to(dtype) # not buffers: rotary frequencies stay float32, as transformers keeps them
     if compile: model.compile()
     return Teacher(model, view, name, source.get("revision") or "", weights_hash).to(device)

@@ -161,7 +161,7 @@ def test_a_missing_weight_is_refused(any_kind):
     kind, folder = any_kind
     lost = next(k for k in inner_weights(kind, load_file(folder/"model.safetensors")) if k.endswith("weight"))
     edit(folder, lambda w: {k: v for k, v in w.items() if k != lost})
-    with pytest.raises(InputError, match="lacks 1 weights, e.g. .*" + lost.split(".1.")[-1]): load_teacher(folder)
+    with pytest.raises(InputError, match=r"lacks 1 weights, e.g. \S*\.1\."): load_teacher(folder)
 
 @pytest.mark.parametrize("lost", ["layer.0.attention.attention.query.weight", "layer.1.output.dense.bias", "patch_embeddings.projection.weight", "layer.0.attention.attention.v"])
 def test_missing_weights_of_videomae(folder, lost):
@@ -173,7 +173,7 @@ def test_weights_without_a_place_are_refused(any_kind):
     kind, folder = any_kind
     names = inner_weights(kind, load_file(folder/"model.safetensors"))
     edit(folder, lambda w: w | {k.replace(".1.", ".2.", 1): w[k].clone() for k in names})
-    with pytest.raises(InputError, match=f"no place for {len(names)} of the checkpoint's weights"): load_teacher(folder)
+    with pytest.raises(InputError, match=r"no place for \d+ of the checkpoint's weights"): load_teacher(folder)
 
 def test_weights_of_another_shape_are_refused(any_kind):
     kind, folder = any_kind
