@@ -15,8 +15,8 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.basics import patch
 from einops import rearrange
+from fastcore.basics import patch
 from torch import Tensor
 from .core import InputError, need, seed_of, stable_hash
 from .records import Record
@@ -308,6 +308,7 @@ def _is_plain(path, container, stream, packets) -> bool:
 # %% ../nbs/01_video.ipynb #10a16cc3
 def _read_decord(path, pick):
     "`(frames, indices, num_frames)`, or `None` where decord is not installed or fails."
+    import av # first: the codecs that decord brings along break those of a PyAV that comes after
     try: import decord
     except (ImportError, OSError): return None
     decord.logging.set_level(decord.logging.QUIET)

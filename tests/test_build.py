@@ -12,7 +12,7 @@ from stjepa.video import load_views
 
 TINY = dict(image_size=32, patch_size=8, num_frames=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
 FORK = multiprocessing.get_context("forkserver") # imports once, then every build starts in milliseconds
-FORK.set_forkserver_preload(["pytest", "stjepa.build_cache", "zarr", "decord", "transformers.models.videomae.modeling_videomae"])
+FORK.set_forkserver_preload(["pytest", "stjepa.build_cache", "zarr", "av", "decord", "transformers.models.videomae.modeling_videomae"])
 
 
 @pytest.fixture(autouse=True)
