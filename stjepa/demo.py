@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'STYLE', 'DemoConfig', 'read_recipe', 'prepare', 'run_seed', 'mean_of', 'at', 'hardware', 'result_table',
-           'headline', 'predicted_colours', 'draw_prediction', 'image_tag', 'html_table', 'write_report',
-           'read_checkpoint_config', 'demo', 'main']
+           'headline', 'predicted_colours', 'draw_prediction', 'write_report', 'read_checkpoint_config', 'demo', 'main']
 
 # %% ../nbs/50_demo.ipynb #1ecd405c
-import base64, dataclasses, html, json, time, tomllib
+import dataclasses, html, json, time, tomllib
 import stjepa, torch
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from .build_cache import BuildConfig, build_cache
 from .cache import Cache
@@ -19,6 +17,7 @@ from .core import InputError, console, generator, need, read_json, read_jsonl, s
 from .features import ROWS
 from .masking import MASKS, paint_hidden, split_idx
 from .pretrain import PretrainConfig, load_student, pretrain, split_rows
+from .report import html_table, image_tag
 from .retrieval import RetrievalConfig, retrieval_eval
 from .teacher import pca_colours
 from .toy import ToyConfig, make_toy
@@ -158,21 +157,6 @@ def draw_prediction(
         for ax, image in zip(axes, strip): ax.imshow(image.numpy()); ax.set_xticks([]); ax.set_yticks([])
         axes[0].set_ylabel(("frames", "seen", "teacher", "predicted")[row], fontsize=8)
     return fig
-
-# %% ../nbs/50_demo.ipynb #95d01b27
-def image_tag(
-    source, # a matplotlib figure or a png file
-) -> str:
-    "An `<img>` that carries its picture."
-    if hasattr(source, "savefig"): source.savefig(buffer := BytesIO(), format="png"); data = buffer.getvalue()
-    else: data = Path(source).read_bytes()
-    return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-
-def html_table(markdown:str) -> str:
-    "A Markdown table as html."
-    rows = [[html.escape(c.strip()) for c in line.strip("|").split("|")] for line in markdown.splitlines()]
-    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
-    return "<table>" + row(rows[0], "th") + "".join(row(r, "td") for r in rows[2:]) + "</table>"
 
 # %% ../nbs/50_demo.ipynb #16a17ee5
 STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;margin:1em 0}"

@@ -13,7 +13,6 @@ __all__ = ['BUNDLED', 'TITLES', 'best_caption', 'rank_scores', 'retrieval_scores
 import importlib.util, time
 import torch, torch.nn as nn, torch.nn.functional as F
 from dataclasses import dataclass, replace
-from einops import rearrange
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor

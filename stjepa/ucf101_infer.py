@@ -12,7 +12,7 @@ import numpy as np, torch
 from dataclasses import dataclass, replace
 from pathlib import Path
 from torch import Tensor
-from .core import Ranks, atomic_path, console, need, pick_device, pick_dtype, process_group, save_json, start_run
+from .core import atomic_path, console, need, pick_device, pick_dtype, process_group, save_json, start_run
 from .features import encoders_of, features, leave_out, markdown_table, read_rows, skip_note, write_failed, write_skipped
 from .probe import knn_scores, linear_probe, topk_accuracy
 from .ucf101 import ucf101
