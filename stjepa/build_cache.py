@@ -294,12 +294,14 @@ def count_parts(job:Job) -> list[tuple]: # `(row, reason)` of clips that cannot 
     c, own, errors = job.config, own_units(list(range(FIT_PARTS)), job.place), []
     rows = sample_rows(len(job.records), c.fit_clips, "fit", c.seed)
     groups = {p: job.readable(rows[p::FIT_PARTS]) for p in own + sorted({*range(FIT_PARTS)} - {*own}, reverse=True)}
-    for part, batches in groupby(decode(job, groups, "fitting the projection", lambda p: job.store.exists(part_name(p))), itemgetter(0)):
+    for part, batches in groupby(decode(job, groups, "fitting the projection", lambda p: is_fitted(job) or job.store.exists(part_name(p))), itemgetter(0)):
         stats = TokenStats(job.calls.teacher.width, job.calls.device)
         for batch in joined((b for _, b in batches), job.calls.size):
             errors += batch["errors"]
             for tokens in job.calls(batch["frames"]) if batch["frames"] is not None else []: stats.update(tokens[is_finite(tokens)])
-        job.store.write(part_name(part), save(stats.to_tensors()))
+        try: job.store.write(part_name(part), save(stats.to_tensors()))
+        except InputError: # another job may have fitted it and removed the parts
+            if not is_fitted(job): raise
     return errors
 
 # %% ../nbs/13_build_cache.ipynb #253ed68e

@@ -236,16 +236,23 @@ def files(self:Storage) -> dict[str,int]: # name -> bytes
 def _key(self:Storage, name:str="") -> str: return self.fs._strip_protocol(self.where(name))
 
 # %% ../nbs/11_storage.ipynb #55b9f2a3
+def _rmtree(folder:Path):
+    "Others may be removing it too, or still be writing into it."
+    import shutil
+    for _ in range(100):
+        if not folder.exists(): return
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder)
+
 @patch
 def remove(self:Storage, name:str):
     "Remove a file, or a folder with all in it. What is not there is no error."
-    import shutil
     with told(self.where(name)):
         try:
             if not self.local: self.fs.rm(self.where(name), recursive=True)
-            elif (self.local/name).is_dir(): shutil.rmtree(self.local/name)
             else: (self.local/name).unlink()
         except FileNotFoundError: pass
+        except IsADirectoryError: _rmtree(self.local/name)
 
 # %% ../nbs/11_storage.ipynb #c58ffcf7
 @patch

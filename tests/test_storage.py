@@ -36,6 +36,22 @@ def test_create_lets_one_win(place):
     assert len(won) == 1 and place.read("claim") == str(won[0]).encode() and place.names() == ["claim"]
 
 
+def test_two_remove_a_folder_while_a_third_writes_into_it(tmp_path):
+    place, errors, stop = Storage(tmp_path), [], threading.Event()
+    def often(f, expected=()):
+        while not stop.is_set():
+            try: f()
+            except expected: pass
+            except InputError as e: errors.append(e); return
+    def write(): [place.write(f"fit/{i}", b"1") for i in range(8)]
+    threads = [threading.Thread(target=often, args=a) for a in ((lambda: place.remove("fit"),), (lambda: place.remove("fit"),), (write, InputError))]
+    for t in threads: t.start()
+    time.sleep(.5); stop.set()
+    for t in threads: t.join()
+    place.remove("fit")
+    assert not errors and not place.names()
+
+
 @pytest.mark.parametrize("number,words", [(errno.ENOSPC, "the disk is full: free some space"), (errno.EDQUOT, "quota"), (errno.EACCES, "permission denied"), (errno.EROFS, "read-only")])
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, number, words):
     place = Storage(tmp_path); place.write("x", b"old")
