@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'FIT_PARTS', 'BuildConfig', 'sample_rows', 'read_dataset', 'place', 'own_units', 'kept_rows', 'settings',
-           'in_turns', 'open_or_create', 'need_same', 'device_of', 'on_device', 'Calls', 'teacher_calls', 'Stopped',
-           'Job', 'decode', 'deaths_heard', 'survived', 'decoding_error', 'joined', 'merged', 'is_finite', 'part_name',
-           'count_parts', 'is_fitted', 'save_projection', 'fit', 'on_first', 'blank', 'encode', 'fetched', 'failed_csv',
-           'write_failed', 'need_few_failures', 'unmark_failed', 'missing_shards', 'records_of', 'read_projection',
-           'write_behind', 'is_done', 'build_shards', 'say_stopped', 'build_cache', 'build', 'summarise',
-           'summary_line', 'main']
+           'in_turns', 'kept_options', 'open_or_create', 'in_cache_order', 'extend', 'need_same', 'device_of',
+           'on_device', 'Calls', 'teacher_calls', 'Stopped', 'Job', 'decode', 'deaths_heard', 'survived',
+           'decoding_error', 'joined', 'merged', 'part_name', 'count_parts', 'is_fitted', 'save_projection', 'fit',
+           'on_first', 'blank', 'encode', 'fetched', 'failed_csv', 'write_failed', 'need_few_failures', 'unmark_failed',
+           'missing_shards', 'records_of', 'read_projection', 'write_behind', 'is_done', 'build_shards', 'say_stopped',
+           'build_cache', 'build', 'summarise', 'summary_line', 'main']
 
 # %% ../nbs/13_build_cache.ipynb #12493caa
 import csv, dataclasses, io, os, random, signal, sys, time
@@ -17,13 +17,13 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import cycle, groupby
 from operator import itemgetter
 from typing import Literal
 import numpy as np, torch
 from safetensors.torch import load, save
 from torch import Tensor
-from .cache import (Cache, create_cache, differences, finished_shards, is_cache, mark_name, read_failures, read_meta, shard_range,
+from .cache import (Cache, create_cache, differences, extend_cache, finish_extending, finished_shards, is_cache, is_finite, mark_name, read_failures, read_meta, shard_range,
                           unmark, update_meta, write_shard)
 from .core import InputError, Ranks, StopSignal, console, generator, need, pick_device, pick_dtype, process_group, progress
 from .projection import Projection, TokenStats, fit_projection, projected_dim
@@ -39,7 +39,7 @@ class BuildConfig:
     "What is cached, with which teacher, and how."
     data_root:str # Something-Something v2: labels.json, train.json, validation.json and the videos
     cache_dir:str # folder or URL (s3://...) of the cache; one that was begun with the same settings is continued
-    limit:int=field(default=0, metadata=dict(positional=True)) # cache a seeded sample of so many clips; 0 takes all
+    limit:int=field(default=0, metadata=dict(positional=True)) # cache a seeded sample of so many clips; 0 takes all. A cache that holds fewer is extended
     split:Literal["train", "validation", "test"]="train" # which list of videos
     views:int=1 # views kept of each clip: the evaluation view, then random crops and frames; a clip is decoded once for all
     teacher:str="MCG-NJU/videomae-huge-finetuned-kinetics" # VideoMAE, V-JEPA 2, DINOv2, DINOv3, SigLIP or CLIP: a folder, or owner/model on the Hugging Face hub
@@ -125,22 +125,42 @@ def in_turns(path):
         yield
     finally: os.close(folder)
 
-# %% ../nbs/13_build_cache.ipynb #ba53143c
+# %% ../nbs/13_build_cache.ipynb #e019ef3f
+def kept_options(config:BuildConfig) -> dict: return dict(shard_rows=kept_rows(config), views=config.views, dtype=config.dtype, seed=config.seed)
+
 def open_or_create(config:BuildConfig, teacher:Teacher, dataset:Dataset):
-    "Create the cache, or see that the one there has the same settings; `InputError` names those that differ."
-    dim = projected_dim(config.projection, config.dim, teacher.width)
-    new, view = settings(config, teacher, dataset), teacher.view()
-    options = dict(shard_rows=kept_rows(config), views=config.views, dtype=config.dtype, seed=config.seed)
-    with in_turns(config.cache_dir):
-        if not is_cache(config.cache_dir):
-            create_cache(config.cache_dir, [r.id for r in dataset.records], [r.label for r in dataset.records], teacher.grid(), dim, view, new,
-                                store_frames=config.store_frames, **options)
-    need_same(config.cache_dir, new | options | dict(view=view.to_dict(), dim=dim, rows=len(dataset) * config.views, frames=config.store_frames))
+    "Create the cache, or see that the one there has the same settings, and make room in it for more clips; `InputError` names settings that differ."
+    path = config.cache_dir
+    with in_turns(path):
+        if is_cache(path): return extend(config, teacher, in_cache_order(path, dataset))
+        dim = projected_dim(config.projection, config.dim, teacher.width)
+        create_cache(path, [r.id for r in dataset.records], [r.label for r in dataset.records], teacher.grid(), dim, teacher.view(),
+                     settings(config, teacher, dataset), store_frames=config.store_frames, **kept_options(config))
+
+# %% ../nbs/13_build_cache.ipynb #6627ad20
+def in_cache_order(path, dataset:Dataset) -> Dataset:
+    "The records as the cache has them, then those that it does not have; what was broken off in between is finished."
+    finish_extending(path); cache = Cache(path, partial=True, shards=[])
+    at = {r.id: r for r in dataset.records}
+    known = [at.pop(id) for id in cache.ids[::cache.views] if id in at]
+    return dataclasses.replace(dataset, records=known + list(at.values()))
+
+# %% ../nbs/13_build_cache.ipynb #99581a56
+def extend(config:BuildConfig, teacher:Teacher, dataset:Dataset):
+    "Make room for the clips behind those that the cache has."
+    path, meta = config.cache_dir, read_meta(config.cache_dir)
+    known, records = meta["rows"] // meta["views"], dataset.records
+    need_same(config, teacher, dataclasses.replace(dataset, records=records[:known]))
+    if len(records) == known: return
+    extend_cache(path, [r.id for r in records], [r.label for r in records], settings(config, teacher, dataset)["dataset"])
+    print(f"{path}: extended from {known} to {len(records)} clips")
 
 # %% ../nbs/13_build_cache.ipynb #021dadfb
-def need_same(path, new:dict):
-    "`InputError` naming where the cache's attributes are not `new`."
-    old = read_meta(path)
+def need_same(config:BuildConfig, teacher:Teacher, dataset:Dataset):
+    "`InputError` naming where the cache's attributes are not what these arguments ask for."
+    path, old = config.cache_dir, read_meta(config.cache_dir)
+    new = settings(config, teacher, dataset) | kept_options(config) | dict(view=teacher.view().to_dict(), dim=projected_dim(config.projection, config.dim, teacher.width),
+                                                                          rows=len(dataset) * config.views, frames=config.store_frames)
     new["projection"] = old["projection"] | new["projection"] # hash and explained are known after the fit
     if old["teacher"]["weights_hash"] == new["teacher"]["weights_hash"]: new["teacher"] = old["teacher"] # by whatever name
     odd = differences(old, new, list(new))
@@ -200,12 +220,15 @@ class Job:
     def __post_init__(self):
         self.store, self.place = Storage(self.config.cache_dir), place(self.config, self.ranks)
         self.skipped = skipped_rows(self.dataset, read_skip(self.config.skip)) # position -> reason
+    def follow(self):
+        "Take the records in the order of the cache, which may have been extended."
+        self.dataset = in_cache_order(self.store, self.dataset); self.__post_init__()
     @property
     def records(self) -> list: return self.dataset.records
     def readable(self, rows) -> list[int]: return [r for r in rows if r not in self.skipped]
 
 # %% ../nbs/13_build_cache.ipynb #48251784
-AT_ONCE = 8 # clips that a decoding process hands over at once: each time costs the main process 7 ms, whatever their number
+AT_ONCE = 4 # clips that a decoding process hands over at once: each time costs the main process 0.3 ms, whatever their number
 
 def decode(
     job:Job,
@@ -220,8 +243,7 @@ def decode(
             if done(group): bar.total -= len(rows); continue
             for i in range(0, max(1, len(rows)), size): ahead.append((group, rows[i:i + size])); yield rows[i:i + size]
     with progress(desc=desc, total=sum(map(len, groups.values())), unit="clip") as bar:
-        data = loader(job.records, job.calls.view, batch_size=1, num_workers=c.num_workers, timeout=c.timeout_s, seed=c.seed, views=c.views, batch_sampler=sampler())
-        data.timeout *= size # it is for one record
+        data = loader(job.records, job.calls.view, batch_size=size, num_workers=c.num_workers, timeout=c.timeout_s, seed=c.seed, views=c.views, batch_sampler=sampler())
         for batch in survived(iter(data), job, ahead):
             group, rows = ahead.popleft()
             yield group, dict(batch, errors=[(r, reason.removeprefix(f"{job.records[r // c.views].path}: ")) for r, reason in batch["errors"]])
@@ -265,11 +287,12 @@ def joined(
     batches, # from `decode`
     size:int, # clips that a call takes
 ):
-    "Batches put together as long as they hold no more than `size` clips."
+    "Batches put together as long as they hold no more than `size` clips; what is full does not wait for the next."
     held, clips = [], 0
     for batch in batches:
         if clips and clips + len(batch["rows"]) > size: yield merged(held); held, clips = [], 0
         held.append(batch); clips += len(batch["rows"])
+        if clips >= size: yield merged(held); held, clips = [], 0
     if held: yield merged(held)
 
 # %% ../nbs/13_build_cache.ipynb #48dcfad2
@@ -279,11 +302,7 @@ def merged(batches:list[dict]) -> dict:
     if len(batches) == 1 or not good: return batches[0] | dict(errors=sum((b["errors"] for b in batches), []))
     return {k: torch.cat([b[k] for b in good]) for k in ("rows", "frames", "indices", "num_frames")} | dict(errors=sum((b["errors"] for b in batches), []))
 
-# %% ../nbs/13_build_cache.ipynb #6cf36c4e
-def is_finite(tokens:Tensor) -> Tensor: # `(b, n, d)` -> `(b,)` bool
-    "Which clips' tokens are all finite, by their sum: 15 times as fast as `isfinite` for float16 on a CPU."
-    return torch.stack([y.sum(dtype=torch.float32) for y in tokens]).isfinite()
-
+# %% ../nbs/13_build_cache.ipynb #4def1466
 FIT_PARTS = 16
 
 def part_name(part:int) -> str: return f"fit/part-{part:02}.safetensors"
@@ -343,13 +362,12 @@ def on_first(ranks:Ranks, f, *args):
 # %% ../nbs/13_build_cache.ipynb #e3d0803a
 def blank(
     meta:dict, # the cache's attributes
-    rows:int, # of the shard
     device, # where targets are computed
 ) -> dict: # tensors
     "Room for a shard. What no clip is written into is not stored."
-    n, f, px = int(np.prod(meta["grid"])), meta["view"]["num_frames"], meta["view"]["size_px"]
+    n, f, px, rows = int(np.prod(meta["grid"])), meta["view"]["num_frames"], meta["view"]["size_px"], min(meta["shard_rows"], meta["rows"])
     out = dict(targets=torch.empty(rows, n, meta["dim"], dtype=torch.float16, device=device),
-               frame_indices=torch.full((rows, f), -1), num_frames=torch.full((rows,), -1))
+               frame_indices=torch.empty(rows, f, dtype=torch.int64), num_frames=torch.empty(rows, dtype=torch.int64))
     return out | (dict(frames=torch.empty(rows, f, px, px, 3, dtype=torch.uint8)) if meta["frames"] else {})
 
 # %% ../nbs/13_build_cache.ipynb #3541faf1
@@ -358,10 +376,11 @@ def encode(
     batches, # of its clips, from `joined`
     calls:Calls, # of the teacher
     projection:Projection,
-    meta:dict, # the cache's attributes
+    room:dict, # of `blank`: where they go
 ) -> tuple[dict,dict]: # tensors for `write_shard`; row -> reason
     "Projected teacher tokens of a shard's clips, with what belongs to them."
-    arrays, failed = blank(meta, len(rows), calls.device), {}
+    arrays, failed = {name: x[:len(rows)] for name, x in room.items()}, {}
+    for name in ("frame_indices", "num_frames"): arrays[name].fill_(-1)
     for batch in batches:
         failed |= dict(batch["errors"])
         if batch["frames"] is None: continue
@@ -424,8 +443,8 @@ def read_projection(job:Job) -> Projection: return Cache(job.store, partial=True
 
 # %% ../nbs/13_build_cache.ipynb #c95f817f
 def write_behind(job:Job, meta:dict, shard:int, arrays:dict, failed:dict):
-    "The writing thread's part: fetch, write, mark; `InputError` if too many clips have failed, or the cache was begun anew."
-    need(read_meta(job.store) == meta, f"cache {job.store}: was begun anew by another job while this one was building it")
+    "The writing thread's part: fetch, write, mark; `InputError` if too many clips have failed, or the cache is another by now."
+    need(read_meta(job.store) == meta, f"cache {job.store}: was begun anew or extended by another job while this one was building it; run the same command again to continue")
     if is_done(job, shard): return
     rows = shard_range(meta, shard)
     skipped = {row: f"skipped: {job.skipped[row // meta['views']]}" for row in rows if row // meta["views"] in job.skipped}
@@ -439,11 +458,11 @@ def is_done(job:Job, shard:int) -> bool: return job.store.exists(mark_name(shard
 def build_shards(job:Job, todo:list[int]) -> int: # clips
     "Decode, encode and write the shards `todo`, all at the same time."
     meta, projection = read_meta(job.store), read_projection(job)
-    groups = {s: job.readable(records_of(meta, s)) for s in todo}
+    groups, rooms = {s: job.readable(records_of(meta, s)) for s in todo}, cycle([blank(meta, job.calls.device) for _ in range(2)]) # one is filled, one is written
     with ThreadPoolExecutor(1, "write") as thread:
         clips, writing = 0, None
         for shard, batches in groupby(decode(job, groups, "caching", lambda s: is_done(job, s)), itemgetter(0)):
-            filled = encode(shard_range(meta, shard), joined((b for _, b in batches), job.calls.size), job.calls, projection, meta)
+            filled = encode(shard_range(meta, shard), joined((b for _, b in batches), job.calls.size), job.calls, projection, next(rooms))
             if writing: writing.result()
             clips, writing = clips + len(groups[shard]), thread.submit(write_behind, job, meta, shard, *filled)
         if writing: writing.result()
@@ -475,6 +494,7 @@ def build_cache(
 def build(job:Job) -> dict: # what was built
     "Everything after the teacher is loaded."
     on_first(job.ranks, open_or_create, job.config, job.calls.teacher, job.dataset)
+    job.follow()
     job.store.clean_partials()
     if job.config.retry_failed: on_first(job.ranks, unmark_failed, job)
     fit(job)

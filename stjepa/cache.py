@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'PENDING', 'OK', 'FAILED', 'DTYPES', 'VERIFY', 'Spec', 'schema', 'is_cache', 'read_meta', 'update_meta',
            'fingerprint', 'mark_name', 'finished_shards', 'create_cache', 'quantise', 'dequantise', 'token_error',
-           'shard_index', 'shard_file', 'shard_range', 'unmark', 'write_shard', 'Damaged', 'intact', 'read_marks',
-           'read_failures', 'ShardReader', 'odd_arrays', 'differences', 'Cache', 'restore_arrays', 'drop_shards',
-           'clean_partials']
+           'shard_index', 'shard_file', 'shard_range', 'unmark', 'is_finite', 'write_shard', 'Damaged', 'intact',
+           'read_marks', 'read_failures', 'ShardReader', 'odd_arrays', 'differences', 'Cache', 'extend_cache',
+           'finish_extending', 'restore_arrays', 'drop_shards', 'clean_partials']
 
 # %% ../nbs/12_cache.ipynb #205081c1
 import json, re
@@ -117,7 +117,7 @@ def fingerprint(
     return stable_hash([meta[k] for k in names] + [meta["teacher"]["weights_hash"]])
 
 # %% ../nbs/12_cache.ipynb #0cae6001
-_ENTRIES = {"targets", "scales", "frames", "frame_indices", "num_frames", "status", "labels", "ids", "zarr.json", "projection.safetensors", "done", "fit", "failed.csv"}
+_ENTRIES = {"targets", "scales", "frames", "frame_indices", "num_frames", "status", "labels", "ids", "zarr.json", "projection.safetensors", "done", "fit", "failed.csv", "extend.json"}
 
 def mark_name(shard:int) -> str: return f"done/shard-{shard:05}.json"
 
@@ -196,21 +196,17 @@ def shard_index(
     table[~stored] = 2**64 - 1 # zarr's word for a chunk that is not there
     return (raw := table.tobytes()) + _crc(raw)
 
-# %% ../nbs/12_cache.ipynb #3e7a8c6a
+# %% ../nbs/12_cache.ipynb #28093353
 def shard_file(
     values:np.ndarray, # `(rows, ...)` of the shard
     stored:np.ndarray, # `(rows,)` bool: which of them are written
     shard_rows:int, # rows of a full shard
-) -> tuple[np.ndarray,list]: # the file's bytes; each row's crc32c, `None` where it is not written
+) -> tuple[list,list]: # the file in pieces, the rows not copied; each row's crc32c, `None` where it is not written
     "A shard of an uncompressed, checksummed zarr v3 array."
-    rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8); nbytes = rows.shape[1]
-    index = shard_index(np.pad(stored, (0, shard_rows - len(stored))), nbytes)
-    out = np.empty(stored.sum() * (nbytes + 4) + len(index), np.uint8)
-    out[-len(index):] = np.frombuffer(index, np.uint8)
-    for chunk, row in zip(out[:-len(index)].reshape(-1, nbytes + 4), np.flatnonzero(stored)):
-        chunk[:nbytes] = rows[row]; chunk[nbytes:] = np.frombuffer(_crc(rows[row]), np.uint8)
-    crcs = iter(out[:-len(index)].reshape(-1, nbytes + 4)[:, nbytes:].copy().view("<u4").ravel().tolist())
-    return out, [next(crcs) if ok else None for ok in stored]
+    rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+    crcs = [crc32c(row) if ok else None for row, ok in zip(rows, stored)]
+    pieces = [piece for row, crc in zip(rows, crcs) if crc is not None for piece in (row, crc.to_bytes(4, "little"))]
+    return [*pieces, shard_index(np.pad(stored, (0, shard_rows - len(stored))), rows.shape[1])], crcs
 
 # %% ../nbs/12_cache.ipynb #f546b1e8
 def shard_range(meta:dict, shard:int) -> range:
@@ -232,11 +228,18 @@ def _packed(x:Tensor, dtype:str) -> tuple[dict,Tensor]: # arrays; what a reader 
     q, scales = quantise(x)
     return dict(targets=q, scales=scales), dequantise(q, scales)
 
+# %% ../nbs/12_cache.ipynb #ae829b35
+def is_finite(
+    tokens:Tensor, # `(b, n, d)`
+) -> Tensor: # `(b,)` bool
+    "Which rows are all finite: float16 by its bits, anything else by its sum. Tens of times as fast as `isfinite` on a CPU."
+    if tokens.dtype != torch.float16: return torch.stack([y.sum(dtype=torch.float32) for y in tokens]).isfinite()
+    return torch.stack([(y.view(torch.int16) & 0x7c00).amax() for y in tokens]) < 0x7c00 # an exponent of ones is an infinity or no number
+
 # %% ../nbs/12_cache.ipynb #4dff997f
 def _as_they_are(x:Tensor, ok:np.ndarray) -> tuple[dict,dict]: # see `_stored`
-    "float16 tokens that are stored as float16: no copy, no error. A sum in float32 is finite if all of it is, and fifteen times faster to ask."
-    for row in x[torch.from_numpy(ok)] if not ok.all() else x:
-        if not row.sum(dtype=torch.float32).isfinite(): raise ValueError("tokens of a row that is not marked failed are not finite")
+    "float16 tokens that are stored as float16: no copy, no error."
+    if not is_finite(x)[torch.from_numpy(ok)].all(): raise ValueError("tokens of a row that is not marked failed are not finite")
     return dict(targets=x.numpy()), dict(relative=0., cosine=float(ok.any()))
 
 # %% ../nbs/12_cache.ipynb #7f192ab2
@@ -298,6 +301,11 @@ def intact(ok, what:str, path):
     if not ok: raise Damaged(what, path)
 _MARK = {"seal", "shard", "rows", "cache", "failed", "error", "crc"}
 
+# %% ../nbs/12_cache.ipynb #b2c07a29
+def _fingerprints(meta:dict, rows:range) -> set[str]:
+    "What the mark of these rows may say: the cache's fingerprint, or one from before it was extended, if the rows were there by then."
+    return {fingerprint(meta), *(g["fingerprint"] for g in meta.get("grown", []) if rows.stop <= g["rows"])}
+
 # %% ../nbs/12_cache.ipynb #866fc1a5
 def read_marks(
     path, # the cache
@@ -315,7 +323,7 @@ def read_marks(
         intact(isinstance(mark, dict) and _MARK == {*mark} and not _unsealed(mark), f"{where}: not what was written", path)
         rows = shard_range(meta, shard)
         intact((mark["shard"], mark["rows"]) == (shard, [rows.start, rows.stop]), f"{where}: the mark of shard {mark['shard']}, rows {mark['rows']}", path)
-        intact(mark["cache"] == fingerprint(meta), f"{where}: of another cache (fingerprint {mark['cache']}, this one is {fingerprint(meta)})", path)
+        intact(mark["cache"] in _fingerprints(meta, rows), f"{where}: of another cache (fingerprint {mark['cache']}, this one is {fingerprint(meta)})", path)
         marks[shard] = mark
     return marks
 
@@ -485,14 +493,15 @@ class Cache:
     def __len__(self): return self.rows
     def __repr__(self): return f"Cache: {len(self.ok_rows)} of {self.rows} rows ok, {len(self.failures)} failed, {len(self.missing_shards)} shards missing, {self.grid} x {self.dim} {self.dtype}"
 
-# %% ../nbs/12_cache.ipynb #fac41e93
+# %% ../nbs/12_cache.ipynb #5f136d66
 @patch
 def _named(self:Cache) -> tuple[list,np.ndarray]:
     "Ids and labels; `InputError` if they, or how an array is described, are not what was written."
-    for name, what in odd_arrays(self.path, self.meta).items(): raise Damaged(f"{self.storage.where(name)}/zarr.json: {what}", self.path)
-    found = {name: _whole(self.storage, name).tolist() for name in ("ids", "labels")}
-    for name, values in found.items():
-        need(stable_hash(values) == self.meta[f"{name}_hash"], f"{self.storage.where(name)}: damaged: not the {name} that were written; restore it, or build the cache again in a new folder")
+    odd, found = odd_arrays(self.path, self.meta), {name: _whole(self.storage, name).tolist() for name in ("ids", "labels")}
+    lost = [name for name, values in found.items() if stable_hash(values) != self.meta[f"{name}_hash"]]
+    need(not (odd or lost) or not self.storage.exists("extend.json"), f"cache {self.path}: is being extended, or that was broken off; run stjepa_build_cache again with the same arguments to finish it")
+    for name, what in odd.items(): raise Damaged(f"{self.storage.where(name)}/zarr.json: {what}", self.path)
+    for name in lost: raise InputError(f"{self.storage.where(name)}: damaged: not the {name} that were written; restore it, or build the cache again in a new folder")
     return found["ids"], np.array(found["labels"])
 
 # %% ../nbs/12_cache.ipynb #f0a72842
@@ -616,6 +625,43 @@ def error(self:Cache) -> dict: # over tokens: `relative`, the root mean square o
     weights = [(self.status[list(shard_range(self.meta, s))] == OK).sum() for s in self.errors]
     mean = lambda k, power: float(np.average([e[k]**power for e in self.errors.values()], weights=weights)**(1 / power)) if sum(weights) else float("nan")
     return dict(relative=mean("relative", 2), cosine=mean("cosine", 1))
+
+# %% ../nbs/12_cache.ipynb #b71726b5
+def extend_cache(
+    path, # the cache
+    ids:list[str], # of all clips, those that it has first
+    labels:list, # class of each, `None` where unknown
+    dataset:dict, # what its attributes say about the dataset now
+) -> dict: # the attributes
+    "Add rows for more clips to a cache, finished or not; `InputError` if it does not begin with the clips that it has."
+    storage, meta = Storage(path), read_meta(path)
+    ids, labels = ([v for v in values for _ in range(meta["views"])] for values in (map(str, ids), (-1 if l is None else int(l) for l in labels)))
+    for name, values in dict(ids=ids, labels=labels).items():
+        need(stable_hash(values[:meta["rows"]]) == meta[f"{name}_hash"], f"cache {path}: can only be extended by clips behind those that it has, whose {name} are others")
+    storage.write("extend.json", json.dumps(_seal(dict(ids=ids, labels=labels, dataset=dataset))).encode())
+    return finish_extending(path)
+
+# %% ../nbs/12_cache.ipynb #a930ba5b
+def finish_extending(path) -> dict: # the attributes
+    "Carry out what `extend.json` says, if it is there."
+    storage, old = Storage(path), read_meta(path)
+    if not storage.exists("extend.json"): return old
+    plan = storage.read_json("extend.json")
+    need(not _unsealed(plan), f"{storage.where('extend.json')}: not what was written; remove it and run stjepa_build_cache again")
+    if old["rows"] < len(plan["ids"]): _extend(storage, old, plan)
+    storage.remove("extend.json")
+    return read_meta(path)
+
+def _extend(storage:Storage, old:dict, plan:dict):
+    "Everything but the attributes first: until they say otherwise, it is the old cache."
+    meta = old | dict(rows=len(plan["ids"]), dataset=plan["dataset"], ids_hash=stable_hash(plan["ids"]), labels_hash=stable_hash(plan["labels"]))
+    meta["grown"] = [*old.get("grown", []), dict(rows=old["rows"], fingerprint=fingerprint(old))]
+    files = _blank(meta, ids=plan["ids"], labels=plan["labels"])
+    meta["arrays"] = {name: stable_hash(json.loads(files[f"{name}/zarr.json"])) for name in schema(meta)}
+    if old["rows"] % old["shard_rows"]: unmark(storage, [old["rows"] // old["shard_rows"]])
+    if "hash" not in old["projection"]: storage.remove("fit") # counted on clips that may not be the sample any more
+    for name, data in files.items(): storage.write(name, data)
+    storage.write("zarr.json", _root(meta))
 
 # %% ../nbs/12_cache.ipynb #ecc17c5c
 def restore_arrays(path) -> list[str]: # whose

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np, torch, torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from .cache import OK, Cache, Damaged, drop_shards, finished_shards, restore_arrays, shard_range
+from .cache import OK, Cache, Damaged, drop_shards, finish_extending, finished_shards, restore_arrays, shard_range
 from .core import atomic_path, console, generator, need, progress, save_json
 from .storage import Storage
 from .teacher import pca_colours
@@ -45,7 +45,7 @@ def describe(
     ok, failed = len(cache.ok_rows), len(cache.failures)
     return dict(path=cache.path, fingerprint=cache.fingerprint) | {k: cache.meta[k] for k in names} | dict(
         ok=ok, failed=failed, missing=cache.rows - ok - failed, shards=cache.num_shards, missing_shards=len(cache.missing_shards),
-        bytes=cache.nbytes, error=cache.error)
+        bytes=cache.nbytes, error=cache.error, grown_from=[g["rows"] for g in cache.meta.get("grown", [])]) # rows before each time that it was extended
 
 # %% ../nbs/14_cache_tool.ipynb #ada1890b
 def _words(key:str, value) -> str:
@@ -55,7 +55,7 @@ def _words(key:str, value) -> str:
 def info(config:CacheConfig) -> dict:
     "Print what the cache holds."
     out = describe(Cache(config.cache_dir, partial=True))
-    print(json.dumps(out, indent=1, ensure_ascii=False) if config.json else "\n".join(f"{k:15}{_words(k, v)}" for k, v in out.items()))
+    print(json.dumps(out, indent=1, ensure_ascii=False) if config.json else "\n".join(f"{k:15}{_words(k, v)}" for k, v in out.items() if v != []))
     return out
 
 # %% ../nbs/14_cache_tool.ipynb #28c9540b
@@ -113,7 +113,7 @@ def verify(config:CacheConfig) -> dict:
 # %% ../nbs/14_cache_tool.ipynb #6c1bd4cb
 def repair(config:CacheConfig) -> dict:
     "Drop bad shards, restore array descriptions, and remove what dead builders left."
-    path = config.cache_dir
+    path = config.cache_dir; finish_extending(path)
     arrays, parts = restore_arrays(path), Storage(path).clean_partials()
     bad = scan(path, config.num_workers)
     for line in _lines(bad): print(line)

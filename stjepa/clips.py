@@ -8,6 +8,7 @@ __all__ = ['TENSORS', 'read_skipped', 'split_rows', 'video_paths', 'CachedClips'
 # %% ../nbs/27_clips.ipynb #f75c67ee
 import os, signal
 import torch
+from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from .cache import Cache
@@ -19,10 +20,11 @@ from .video import VideoError, load_clip
 
 # %% ../nbs/27_clips.ipynb #8d7af02e
 def read_skipped(
-    path:str, # a csv `file,reason` as stjepa_data writes it; empty for none
+    skip:str, # a csv `file,reason` as stjepa_data writes it, or several with commas between; empty for none
 ) -> set[str]: # clip ids
     "Ids of the videos to leave out; an SSv2 file is named by its id."
-    return {stem(file) for file in read_skip(path)}
+    paths = [skip] if Path(skip).exists() else skip.split(",")
+    return {stem(file) for path in paths for file in read_skip(path.strip())}
 
 def split_rows(
     cache:Cache, # targets

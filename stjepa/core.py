@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'InputError', 'need', 'need_dir', 'read_json', 'flag', 'read_options', 'check_options', 'parse_config',
            'console', 'config_from', 'main', 'StopSignal', 'stable_hash', 'tensor_hash', 'seed_of', 'generator',
            'pick_device', 'pick_dtype', 'atomic_path', 'save_json', 'git_commit', 'start_run', 'JsonlLog', 'read_jsonl',
-           'Ranks', 'process_group', 'progress']
+           'Ranks', 'process_group', 'cores', 'hardware', 'progress']
 
 # %% ../nbs/00_core.ipynb #61604bb4
 import argparse, dataclasses, errno, hashlib, json, os, signal, subprocess, sys, types, typing
@@ -59,9 +59,11 @@ COMMANDS = dict(
     stjepa_cache="look into a cache of targets: info, verify, repair, stats, export",
     stjepa_pretrain="train the student to predict cached teacher tokens of hidden tubes",
     stjepa_runs="list training runs: what differs between their options, and how far they came",
-    stjepa_ucf101="UCF-101: linear probe on frozen features, predictions and confusion matrix",
+    stjepa_ucf101="UCF-101: probes on frozen features, predictions and what is confused with what; names the action of a video",
+    stjepa_ssv2="Something-Something v2: the same probes, fitted on train and judged on validation",
     stjepa_retrieval="MSR-VTT and MSVD: text-video retrieval on frozen features",
     stjepa_temporal="arrow of time, frame order, speed, and what of the action score is motion",
+    stjepa_features="embeddings of any folder of videos, from a checkpoint, an exported student or a teacher",
     stjepa_export="a checkpoint's student as a folder others load: safetensors, model card, ONNX",
     stjepa_report="join the results of several runs into one page with tables and plots",
     stjepa_demo="the whole flow on the toy data, with a report",
@@ -139,7 +141,7 @@ def check_options(
 def _parser(config_cls:type, prog:str) -> _Parser:
     "The parser of a dataclass: a flag per field, and `--config`."
     parser = _Parser(prog=prog, description=COMMANDS.get(prog, config_cls.__doc__), allow_abbrev=False)
-    helps = docments(config_cls)
+    helps = {name: text for cls in reversed(config_cls.__mro__) if dataclasses.is_dataclass(cls) for name, text in docments(cls).items() if text}
     for f in fields(config_cls): _add(parser, f, (helps.get(f.name) or f.name).replace("%", "%%"))
     parser.add_argument("--config", metavar="FILE", help="take options from a toml or json file; those of the command line win (default: none)")
     return parser
@@ -193,14 +195,14 @@ def main():
 
 # %% ../nbs/00_core.ipynb #653ce1f4
 class StopSignal:
-    "Inside it, SIGTERM and Ctrl-C only set `name`, for the job to look at; a second one does what it always did."
+    "Inside it, SIGTERM and Ctrl-C only set `name`, for the job to look at; a second Ctrl-C does what it always did."
     name = "" # of the signal that came
     def __enter__(self):
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
     def _note(self, number, frame):
         self.name = signal.Signals(number).name
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler)
 
@@ -342,6 +344,19 @@ def process_group(
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try: yield ranks
     finally: dist.destroy_process_group()
+
+# %% ../nbs/00_core.ipynb #ca38d5a0
+def cores() -> int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def hardware() -> str:
+    "This machine in words: processor, cores, GPU, Python and torch."
+    import platform, torch
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((l.split(":")[1].strip() for l in info.splitlines() if l.startswith("model name")), platform.processor() or platform.machine())
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{cpu}, {cores()} cores{gpu}, Python {platform.python_version()}, torch {torch.__version__}"
 
 # %% ../nbs/00_core.ipynb #1ff41136
 def progress(

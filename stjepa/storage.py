@@ -6,7 +6,7 @@
 __all__ = ['reason', 'told', 'Storage', 'Mapped', 'machine']
 
 # %% ../nbs/11_storage.ipynb #82098d25
-import errno, functools, json, os, platform, re, threading, time, weakref
+import errno, functools, json, mmap, os, platform, re, threading, time, weakref
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
@@ -185,12 +185,56 @@ def _flush(path:Path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/11_storage.ipynb #f9bb2afa
+_BLOCK, _SMALL, _DIRECT = 8 << 20, 1 << 20, getattr(os, "O_DIRECT", 0) # bytes, bytes, a flag
+_OWN = threading.local()
+
+def _block() -> memoryview:
+    "This thread's memory for writing, aligned to a page as direct writing wants it."
+    if not hasattr(_OWN, "block"): _OWN.block = memoryview(mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return _OWN.block
+
+def _open_new(file:Path, direct:int) -> int:
+    "A new file's descriptor."
+    try: return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
+    except OSError as e:
+        if not direct or e.errno != errno.EINVAL: raise
+        return _open_new(file, 0)
+
+# %% ../nbs/11_storage.ipynb #9f226879
+def _put(fd:int, data:memoryview):
+    "Write all of `data`; by way of the system's cache from the first time on that the file system refuses to do without."
+    import fcntl
+    while len(data):
+        try: data = data[os.write(fd, data):]
+        except OSError as e:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            if e.errno != errno.EINVAL or not flags & _DIRECT: raise
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~_DIRECT)
+
+# %% ../nbs/11_storage.ipynb #7a4aca77
+def _write_file(
+    file:Path, # a new one
+    pieces:list, # bytes, or arrays
+):
+    "Write `pieces` one after the other and flush them. The last block is filled up, and the file cut to its length."
+    pieces = [memoryview(p).cast("B") for p in pieces]
+    fd, block, used = _open_new(file, _DIRECT if (size := sum(map(len, pieces))) > _SMALL else 0), _block(), 0
+    try:
+        for piece in pieces:
+            while len(piece):
+                n = min(len(piece), _BLOCK - used)
+                block[used:used + n], piece, used = piece[:n], piece[n:], used + n
+                if used == _BLOCK: _put(fd, block); used = 0
+        _put(fd, block[:min(-(-used // 4096) * 4096, _BLOCK)]); os.ftruncate(fd, size); os.fsync(fd)
+    finally: os.close(fd)
+
 # %% ../nbs/11_storage.ipynb #af8fe25d
-def _settle(path:Path, data, folders:int, give_name=os.replace):
-    "Write `data` under a temporary name, flush it, let `give_name(temporary, path)` do the rest, and flush the last `folders` folders above it."
+def _settle(path:Path, pieces:list, folders:int, give_name=os.replace):
+    "Write `pieces` under a temporary name, flush it, let `give_name(temporary, path)` do the rest, and flush the last `folders` folders above it."
     path.parent.mkdir(parents=True, exist_ok=True); part = _part(path)
     try:
-        with open(part, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        _write_file(part, pieces)
         give_name(part, path)
     finally: part.unlink(missing_ok=True)
     for folder in path.parents[:folders]: _flush(folder)
@@ -199,12 +243,13 @@ def _settle(path:Path, data, folders:int, give_name=os.replace):
 @patch
 def write(self:Storage,
     name:str, # of the file; its folders are made
-    data, # bytes, or an array that is one piece of memory
+    data, # bytes, or a list of pieces: bytes, or arrays that are one piece of memory
 ):
     "Write a whole file, so that it appears at once and stays; `InputError` where it cannot be written."
+    pieces = data if isinstance(data, list) else [data]
     with told(self.where(name)):
-        if self.local: _settle(self.local/name, data, len(Path(name).parts))
-        else: self.fs.pipe_file(self.where(name), bytes(data))
+        if self.local: _settle(self.local/name, pieces, len(Path(name).parts))
+        else: self.fs.pipe_file(self.where(name), b"".join(pieces))
 
 # %% ../nbs/11_storage.ipynb #15e7ffce
 @patch
@@ -261,7 +306,7 @@ def create(self:Storage, name:str, data) -> bool: # whether this call made it
     if self.exists(name): return False
     if not self.local: self.write(name, data); return True
     with told(self.where(name)):
-        try: _settle(self.local/name, data, len(Path(name).parts), os.link)
+        try: _settle(self.local/name, [data], len(Path(name).parts), os.link)
         except FileExistsError: return False
     return True
 

@@ -9,6 +9,7 @@ __all__ = ['BLOCKS', 'patchify', 'take_patches', 'coordinates', 'grid_axes', 'si
 
 # %% ../nbs/22_student.ipynb #17fa7579
 import re
+from importlib import import_module
 import torch, torch.nn as nn, torch.nn.functional as F
 from dataclasses import asdict, dataclass, replace
 from einops import rearrange
@@ -277,6 +278,29 @@ def load_weights(
     if now.positions == "learned" and "pos_embed" in state: state = dict(state, pos_embed=resize_positions(state["pos_embed"], was.grid, now.grid))
     try: student.load_state_dict(state)
     except RuntimeError as e: raise InputError(f"student: {str(e).splitlines()[-1].strip()}") from None
+
+# %% ../nbs/22_student.ipynb #7560bcf8
+@patch(cls_method=True)
+def from_pretrained(cls:Student,
+    name, # a folder that `stjepa_export` wrote, or a name on the Hugging Face hub
+    **options, # of `stjepa.export.VideoEncoder.from_pretrained`
+) -> Student:
+    "The encoder of an exported student, in eval mode; strict: `InputError` names whatever does not fit."
+    whole = import_module("stjepa.export").VideoEncoder.from_pretrained(name, **options)
+    vars(whole.student)["whole"] = whole # beside its modules, not among them
+    return whole.student
+
+# %% ../nbs/22_student.ipynb #2d796494
+@patch
+def exported(self:Student): # a `stjepa.export.VideoEncoder`
+    "All that `from_pretrained` loaded; `InputError` for a student that was not loaded that way."
+    return need(vars(self).get("whole"), "student: was not loaded by from_pretrained; stjepa_export makes a folder of a checkpoint")
+
+@patch
+def save_pretrained(self:Student, folder, **options): return self.exported().save_pretrained(folder, **options)
+
+@patch
+def push_to_hub(self:Student, name:str, **options): return self.exported().push_to_hub(name, **options)
 
 # %% ../nbs/22_student.ipynb #125d26b6
 def student_macs(

@@ -5,29 +5,26 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'PROBES', 'SPOILT', 'LISTS', 'HEADS', 'shuffled', 'window', 'frame_order', 'Takes', 'read_takes',
            'TakesDataset', 'takes_of', 'compact', 'encode_block', 'blocks_of', 'block_paths', 'fill_block', 'joined',
-           'variant_features', 'student_tokens', 'teacher_tokens', 'token_encoders', 'examples', 'top1', 'tell_apart',
-           'actions', 'action_scores', 'TemporalConfig', 'read_strides', 'read_lists', 'judge', 'by_test',
-           'temporal_table', 'show_drops', 'gather', 'pick', 'long_enough', 'report', 'temporal_eval', 'write_results',
-           'main']
+           'variant_features', 'examples', 'top1', 'tell_apart', 'actions', 'action_scores', 'TemporalConfig',
+           'read_strides', 'read_lists', 'judge', 'by_test', 'temporal_table', 'show_drops', 'gather', 'pick',
+           'long_enough', 'report', 'temporal_eval', 'write_results', 'main']
 
 # %% ../nbs/44_temporal.ipynb #0903415a
 import os, time
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from dataclasses import dataclass, replace
 from pathlib import Path
 from torch import Tensor
 from typing import Literal, NamedTuple
-from .checkpoint import load_checkpoint
 from .core import Ranks, console, need, need_dir, pick_device, pick_dtype, process_group, progress, save_json, seed_of, stable_hash, start_run
 from .data import recognise, read_splits
-from .features import (Encoder, Features, check_features, encoders_of, leave_out, markdown_table, once, read_features, read_rows, skip_note,
-                             student_encoders, teacher_encoders, write_failed, write_features, write_skipped)
-from .pretrain import load_student
+from .features import (Encoder, Features, check_features, encoders_of, leave_out, markdown_table, read_features, read_rows, skip_note, write_failed,
+                             write_features, write_skipped)
 from .probe import attentive_probe, linear_probe, topk_accuracy
-from .projection import Projection
 from .records import Dataset, Record, scan_files
+from .tokens import token_encoders
 from .ucf101_infer import Labelled, limit_per_class
-from .video import VideoError, View, frame_indices, read_frames, resize_crop, show_strip, to_pixels
+from .video import VideoError, View, frame_indices, read_frames, resize_crop, show_strip
 
 # %% ../nbs/44_temporal.ipynb #4c278bd2
 def shuffled(
@@ -177,43 +174,6 @@ def variant_features(
     found = {v: {e.name: joined([read_features(p[v, e.name]) for p in paths], sizes) for e in encoders} for v in variants}
     check_features(found[variants[0]], dataset, max_failed)
     return found
-
-# %% ../nbs/44_temporal.ipynb #7ac68196
-def _as_tokens(encoder, encode): return replace(encoder, name=f"{encoder.name} tokens", weights=f"{encoder.weights} tokens", encode=encode)
-
-def student_tokens(checkpoint, device=torch.device("cpu"), dtype:torch.dtype=torch.float32) -> dict[str,Encoder]:
-    "`student_encoders` before their tokens are averaged."
-    student, predictor, _, _ = load_student(checkpoint, device=device); tokens = once(student)
-    before = dict(student=lambda frames: F.normalize(predictor(tokens(frames)).float(), dim=-1), student_encoder=tokens)
-    return {name: _as_tokens(e, before[name]) for name, e in student_encoders(checkpoint, device, dtype).items()}
-
-# %% ../nbs/44_temporal.ipynb #d10b110f
-def teacher_tokens(checkpoint, teacher:str="", device=torch.device("cpu"), dtype:torch.dtype=torch.float32) -> dict[str,Encoder]:
-    "`teacher_encoders` before their tokens are averaged."
-    from stjepa.teacher import load_teacher
-    ckpt, encoders = load_checkpoint(checkpoint), teacher_encoders(checkpoint, teacher, device, dtype)
-    view, model = View.from_dict(ckpt["view"]), load_teacher(teacher or ckpt["cache"]["teacher"]["name"], device=device, dtype=dtype)
-    tokens, projection = once(lambda frames: model(to_pixels(frames, view))), Projection.from_tensors(ckpt["projection"]).to(device)
-    before = dict(teacher=tokens, teacher_projected=lambda frames: projection(tokens(frames)))
-    return {name: _as_tokens(e, before[name]) for name, e in encoders.items()}
-
-# %% ../nbs/44_temporal.ipynb #4ce9a02d
-def token_encoders(
-    rows:list[str], # row names, from `read_rows`
-    checkpoint, # a checkpoint of stjepa_pretrain
-    teacher:str="", # a teacher's name or folder; empty takes the one the cache was built with
-    device=torch.device("cpu"), # where to compute
-    dtype:torch.dtype=torch.float32, # what to compute in
-) -> list[Encoder]: # `(b, n, d)`, named `student tokens` and so on
-    "The encoders of `encoders_of`, unpooled; the mean picture is a clip of one token."
-    pixels, made = encoders_of(["mean_pixel"], checkpoint, device=device)[0], {}
-    made["mean_pixel"] = _as_tokens(pixels, lambda frames: pixels.encode(frames)[:, None])
-    if {"student", "student_encoder"} & set(rows): made |= student_tokens(checkpoint, device, dtype)
-    if {"teacher", "teacher_projected"} & set(rows): made |= teacher_tokens(checkpoint, teacher, device, dtype)
-    if {"random_init", "random_encoder"} & set(rows):
-        floor = student_tokens(Path(checkpoint).with_name("checkpoint_step0.pt"), device, dtype)
-        for row, of in (("random_init", "student"), ("random_encoder", "student_encoder")): made[row] = replace(floor[of], name=f"{row} tokens")
-    return [made[row] for row in rows]
 
 # %% ../nbs/44_temporal.ipynb #fda7f224
 def examples(

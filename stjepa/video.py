@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CODECS', 'STEPS', 'VideoError', 'write_video', 'View', 'frame_indices', 'Box', 'crop_box', 'resize_crop',
            'read_frames', 'VideoInfo', 'probe', 'Clip', 'load_views', 'load_clip', 'show_strip', 'show_timeline',
-           'outline', 'show_crop', 'show_views', 'to_pixels', 'ClipDataset', 'collate', 'loader']
+           'outline', 'show_crop', 'show_views', 'to_pixels', 'ClipDataset', 'collate', 'Ring', 'ClipLoader', 'loader']
 
 # %% ../nbs/01_video.ipynb #32b7532f
-import math, os, re
+import math, os, re, weakref
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -67,16 +67,20 @@ class View:
     crop_scale:tuple=(0.5, 1.0) # of the random views: area of the box as a share of the largest one of its shape
     crop_ratio:tuple=(0.75, 1.35) # of the random views: width of the box over its height, as V-JEPA's (2404.08471)
     number:int=0 # 0 is the deterministic view, for evaluation; others are random
+    moment:tuple=(0, 1) # of view 0: which of how many samplings of the clip, spread over each of the equal parts
+    place:tuple=(0, 1) # of view 0: which of how many squares, spread along the longer side
 
     def __post_init__(self): _check_view(self)
     @property
     def hash(self) -> str: return stable_hash(self.to_dict())
     def numbered(self, number:int): return replace(self, number=number)
-    def to_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+    def to_dict(self) -> dict:
+        "Every field as json has it; `moment` and `place` only where they are not view 0's own."
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in ("moment", "place") or v != (0, 1)}
     @classmethod
     def from_dict(cls, d:dict):
         "The View that `to_dict` wrote; `InputError` names fields that are missing or unknown."
-        odd = set(d) ^ {f.name for f in fields(cls)}
+        odd = set(d) ^ {f.name for f in fields(cls)} - ({"moment", "place"} - set(d))
         need(not odd, f"View: missing or unknown fields {', '.join(sorted(odd))}")
         return cls(**d)
 
@@ -93,6 +97,15 @@ def _check_view(view:View):
     ordered = lambda pair, most: len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
     need(ordered(view.crop_scale, 1), f"View: crop_scale {view.crop_scale}, expected two shares between 0 and 1, the smaller first")
     need(ordered(view.crop_ratio, math.inf), f"View: crop_ratio {view.crop_ratio}, expected two positive numbers, the smaller first")
+    _check_places(view)
+
+def _check_places(view:View):
+    "`InputError` unless `moment` and `place` say which of how many, of a view that has several."
+    for name in ("moment", "place"):
+        object.__setattr__(view, name, pair := tuple(getattr(view, name)))
+        need(len(pair) == 2 and all(type(v) is int for v in pair) and 0 <= pair[0] < pair[1], f"View: {name} {pair}, expected a number and a larger one: which of how many")
+        need(pair[1] == 1 or view.number == 0, f"View: {name} {pair} of random view {view.number}, expected view 0")
+    need(view.place[1] == 1 or view.resize != "square", f"View: place {view.place} with resize square, which leaves one square alone")
 
 # %% ../nbs/01_video.ipynb #eff83c63
 STEPS = 2**20 # a draw is one of so many equal steps from 0 to 1
@@ -108,11 +121,12 @@ def frame_indices(
     clip_id:str="", # with `seed`, what a random view draws from
     seed:int=0, # the run's seed
 ) -> np.ndarray: # `(num_frames,)` int64, ascending
-    "Indices of the sampled frames, `floor((i + u) * n / f)` with u = 1/2 in view 0; `VideoError` for a video without frames."
+    "Indices of the sampled frames, `floor((i + u / steps) * n / f)`, in view 0 from the middle of each part; `VideoError` for a video without frames."
     if num_frames < 1: raise VideoError(f"{clip_id or 'video'}: no frames")
-    i = np.arange(view.num_frames, dtype=np.int64)
-    u = np.array([_draw(view, clip_id, seed, "frame", j) for j in i.tolist()]) if view.number else STEPS // 2
-    return (i * STEPS + u) * num_frames // (view.num_frames * STEPS)
+    i, (clip, clips) = np.arange(view.num_frames, dtype=np.int64), view.moment
+    u, steps = 2 * clip + 1, 2 * clips
+    if view.number: u, steps = np.array([_draw(view, clip_id, seed, "frame", j) for j in i.tolist()]), STEPS
+    return (i * steps + u) * num_frames // (view.num_frames * steps)
 
 # %% ../nbs/01_video.ipynb #0a2534da
 class Box(NamedTuple):
@@ -144,12 +158,18 @@ def crop_box(
     clip_id:str="", # with `seed`, what a random view draws from
     seed:int=0, # the run's seed
 ) -> Box:
-    "Where the View's pixels lie: in view 0 the middle square of the frame once its short side is `short_px`, or the whole frame squeezed."
+    "Where the View's pixels lie: in view 0 a square of the frame, the middle one, once its short side is `short_px`, or the whole frame squeezed."
     s = view.size_px; p = view.short_px or s
     if view.number: return Box(*_random_part(view, height, width, clip_id, seed), s, s, 0, 0)
     if view.resize == "square": h, w = s, s
     else: h, w = (p, p * width // height) if height <= width else (p * height // width, p)
-    return Box(0, 0, height, width, h, w, (h - s) // 2, (w - s) // 2)
+    top, left = (h - s) // 2, (w - s) // 2
+    return Box(0, 0, height, width, h, w, *((top, _along(view, w - s)) if height <= width else (_along(view, h - s), left)))
+
+def _along(view, free:int) -> int: # pixels
+    "Where a square begins that has `free` pixels to move in: in the middle, or at equal steps from one end to the other."
+    crop, crops = view.place
+    return free * crop // (crops - 1) if crops > 1 else free // 2
 
 # %% ../nbs/01_video.ipynb #f46e27f8
 def resize_crop(
@@ -493,22 +513,34 @@ def show_crop(
 # %% ../nbs/01_video.ipynb #5fe01e10
 def show_views(
     path, # a video file
-    view:View, # view 0
-    k:int=4, # how many views
+    views:View|list[View], # the views, or view 0 of those to be numbered
+    k:int=4, # how many numbered views
     clip_id:str="", # with `seed`, what the random views draw from
     seed:int=0, # the run's seed
     ncols:int=8, # frames shown of each
 ):
-    "The boxes of views 0 to k - 1 on the clip's middle frame, and a strip of each view in its box's colour."
+    "The views' boxes on the clip's middle frame, and a strip of each view in its box's colour."
     import matplotlib.pyplot as plt
-    views, picture = [view.numbered(i) for i in range(k)], read_frames(path, lambda n: np.array([n // 2]))[0][0]
-    step = -(-view.num_frames // ncols)
+    views, picture = [views.numbered(i) for i in range(k)] if isinstance(views, View) else views, read_frames(path, lambda n: np.array([n // 2]))[0][0]
+    k, step = len(views), -(-views[0].num_frames // ncols)
     figure = plt.figure(figsize=(3.2 + .8 * ncols, .95 * k), dpi=70); left, right = figure.subfigures(1, 2, width_ratios=(3.2, .8 * ncols))
-    _draw_boxes(left.subplots(gridspec_kw=dict(left=0, right=1, bottom=0, top=1)), picture, [crop_box(v, *picture.shape[:2], clip_id, seed) for v in views], view.size_px)
+    _draw_boxes(left.subplots(gridspec_kw=dict(left=0, right=1, bottom=0, top=1)), picture, [crop_box(v, *picture.shape[:2], clip_id, seed) for v in views], views[0].size_px)
     for i, (clip, row) in enumerate(zip(load_views(path, views, clip_id, seed), right.subplots(k, ncols, squeeze=False, gridspec_kw=dict(wspace=.05, hspace=.3)))):
         for axis, frame, number in zip(row, clip.frames[::step], clip.indices[::step]): axis.imshow(frame); axis.axis("off"); axis.set_title(number, fontsize=7, pad=2, color=f"C{i}")
     plt.close(figure)
     return figure
+
+# %% ../nbs/01_video.ipynb #620ad1d0
+@patch
+def placed(self:View, clip:int, clips:int, crop:int, crops:int) -> View: return replace(self, moment=(clip, clips), place=(crop, crops))
+
+@patch
+def spread(self:View,
+    clips:int=1, # samplings in time
+    crops:int=1, # squares along the longer side
+) -> list[View]: # clip by clip; `[view]` for 1 x 1
+    "All views of an evaluation's protocol."
+    return [self.placed(i, clips, j, crops) for i in range(clips) for j in range(crops)]
 
 # %% ../nbs/01_video.ipynb #48e8f6e0
 def to_pixels(
@@ -528,11 +560,11 @@ class ClipDataset(torch.utils.data.Dataset):
         view:View, # which frames, which pixels
         rows=None, # positions in `records` to read; `None` reads all
         seed:int=0, # the run's seed
-        views:int=1, # over 1: views 0, 1, ... of each record, in rows `record * views + number`
+        views:int|list=1, # over 1: views 0, 1, ... of each record, in rows `record * views + number`; or the Views themselves, of one size
         timeout:float=120, # seconds that decoding a record may take
     ):
         self.records, self.seed, self.timeout = records, seed, timeout
-        self.views = [view.numbered(k) for k in range(views)] if views > 1 else [view]
+        self.views = views if isinstance(views, list) else [view.numbered(k) for k in range(views)] if views > 1 else [view]
         self.rows = list(range(len(records))) if rows is None else [int(r) for r in rows]
     def __len__(self): return len(self.rows)
     def __getitem__(self, i, room=None) -> list[dict]:
@@ -545,44 +577,92 @@ class ClipDataset(torch.utils.data.Dataset):
 # %% ../nbs/01_video.ipynb #45bca1de
 def collate(
     items:list[dict], # of `ClipDataset`, one per row
-    room:Tensor, # `(len(items), f, h, w, 3)`: their frames
+    room:Tensor, # `(at least len(items), f, h, w, 3)`: their frames
 ) -> dict: # `rows (b,)`, `frames (b,f,h,w,3)`, `indices (b,f)`, `num_frames (b,)`, `errors [(row, reason)]`
-    "Bring together the clips that were read, and list those that were not. `frames` and `indices` are `None` when there are none."
+    "Bring together the clips that were read, and list those that were not. `frames` is the beginning of `room`; it and `indices` are `None` when there are none."
     ok = [i for i, d in enumerate(items) if "error" not in d]
     values = lambda name: torch.from_numpy(np.array([items[i][name] for i in ok], np.int64))
-    return dict(rows=values("row"), frames=(room if len(ok) == len(items) else room[ok]) if ok else None, indices=values("indices") if ok else None,
+    if len(ok) < len(items): room[:len(ok)] = room[ok]
+    return dict(rows=values("row"), frames=room[:len(ok)] if ok else None, indices=values("indices") if ok else None,
                 num_frames=values("num_frames"), errors=[(d["row"], d["error"]) for d in items if "error" in d])
 
-# %% ../nbs/01_video.ipynb #16d2c850
-def _make_room(*shape:int) -> Tensor: # uint8
-    "Uninitialised memory, in a worker process shared with the main one."
-    if torch.utils.data.get_worker_info() is None: return torch.empty(shape, dtype=torch.uint8)
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
+# %% ../nbs/01_video.ipynb #0ec32671
+@patch
+def room(self:ClipDataset, records:int) -> tuple: # `(rows, f, h, w, 3)`
+    "The shape of what so many records need."
+    v = self.views[0]
+    return records * len(self.views), v.num_frames, v.size_px, v.size_px, 3
 
 @patch
-def __getitems__(self:ClipDataset, items:list[int]) -> dict: # see `collate`
+def __getitems__(self:ClipDataset, items:list[int], room:Tensor=None) -> dict: # see `collate`
     "A batch, decoded clip by clip into one tensor."
-    k, v = len(self.views), self.views[0]
-    room = _make_room(len(items) * k, v.num_frames, v.size_px, v.size_px, 3)
+    k, room = len(self.views), torch.empty(self.room(len(items)), dtype=torch.uint8) if room is None else room
     return collate([d for j, i in enumerate(items) for d in self.__getitem__(i, room[j * k:(j + 1) * k])], room)
 
+# %% ../nbs/01_video.ipynb #1c4e1541
+def _shared(*shape:int) -> Tensor: # uint8
+    "Uninitialised memory that other processes see."
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
+
+class Ring:
+    "Shared memory in slots, used again and again."
+    def __init__(self,
+        slots:int,
+        shape:tuple, # of a slot, uint8
+    ): self.memory, self.free = _shared(slots, *shape), list(range(slots))
+    def lend(self, slot:int) -> Tensor:
+        "A slot that is not free, as a tensor; when that and all its views are gone, it is."
+        shown = self.memory[slot].numpy()
+        weakref.finalize(shown, self.free.append, slot).atexit = False
+        return torch.from_numpy(shown)
+
+# %% ../nbs/01_video.ipynb #2dd1ef67
+class _Orders:
+    "The batches of a sampler, each with a slot for it, or `None`."
+    def __init__(self, batches, ring, records:int): self.batches, self.ring, self.records = batches, ring, records
+    def __len__(self): return len(self.batches)
+    def __iter__(self):
+        for items in self.batches: yield self.ring.free.pop() if self.ring and self.ring.free and 0 < len(items) <= self.records else None, items
+
+class _Filled(torch.utils.data.Dataset):
+    "What a worker makes of an order: the batch, its frames left out where they are in a slot."
+    def __init__(self, clips:ClipDataset, ring): self.clips, self.ring = clips, ring
+    def __len__(self): return len(self.clips)
+    def __getitems__(self, order):
+        slot, items = order
+        if self.ring is None: return slot, self.clips.__getitems__(items)
+        batch = self.clips.__getitems__(items, _shared(*self.clips.room(len(items))) if slot is None else self.ring.memory[slot])
+        frames = batch.pop("frames") if slot is None else None
+        return slot, {k: v.numpy() if isinstance(v, Tensor) else v for k, v in batch.items()} | dict(frames=frames) # each tensor that changes process costs 0.3 ms
+
 def _as_it_is(batch): return batch
+
+# %% ../nbs/01_video.ipynb #03ee4c97
+class ClipLoader(torch.utils.data.DataLoader):
+    "A `DataLoader` whose workers decode into a ring."
+    def __iter__(self): return map(self._received, super().__iter__())
+    def _received(self, filled) -> dict: # see `collate`
+        slot, batch = filled
+        if slot is not None: batch["frames"] = self.dataset.ring.lend(slot)[:len(batch["rows"])]
+        if not len(batch["rows"]): batch["frames"] = None
+        return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
 
 # %% ../nbs/01_video.ipynb #2718c0d2
 def loader(
     records:list[Record], # what to read
     view:View, # which frames, which pixels
-    batch_size:int=8, # records per batch
+    batch_size:int=8, # records per batch; of a `batch_sampler` that is no list, the most it asks for
     num_workers:int=0, # processes that decode; 0 decodes in this one
     timeout:float=120, # seconds that decoding a record may take; over it, the record is an error
     rows=None, # positions in `records` to read; `None` reads all
     seed:int=0, # the run's seed
-    views:int=1, # views per record; over 1, row `record * views + number`
+    views:int|list=1, # views per record; over 1, row `record * views + number`; or the Views themselves
     **kwargs, # of `DataLoader`, e.g. `shuffle` or `batch_sampler`
 ) -> torch.utils.data.DataLoader:
     "Batches of clips, in the order of `rows`. Each worker decodes and resizes on one thread (torch's own habit in workers); there are no more of them than cores."
-    num_workers, given = min(num_workers, os.cpu_count() or 1), kwargs.get("batch_sampler")
-    largest = max(map(len, given)) if isinstance(given, list) else batch_size
+    num_workers, clips, order = min(num_workers, os.cpu_count() or 1), ClipDataset(records, view, rows, seed, views, timeout), kwargs.pop("batch_sampler", None)
+    if order is None: order = torch.utils.data.DataLoader(clips, batch_size, generator=kwargs.get("generator"), **{k: kwargs.pop(k) for k in ("shuffle", "sampler", "drop_last") if k in kwargs}).batch_sampler
+    largest = max(map(len, order), default=0) if isinstance(order, list) else batch_size
     last_resort = timeout * largest + 60 if num_workers else 0 # a worker whose decoder never gives back Python's lock
-    return torch.utils.data.DataLoader(ClipDataset(records, view, rows, seed, views, timeout), batch_size=batch_size, num_workers=num_workers,
-                                       timeout=last_resort, collate_fn=_as_it_is, **kwargs)
+    ring = Ring(num_workers * (kwargs.get("prefetch_factor") or 2) + 4, clips.room(largest)) if num_workers else None
+    return ClipLoader(_Filled(clips, ring), batch_sampler=_Orders(order, ring, largest), num_workers=num_workers, timeout=last_resort, collate_fn=_as_it_is, **kwargs)

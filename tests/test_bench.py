@@ -88,3 +88,32 @@ def test_the_clock_counts_what_comes_after_every_workers_first_batch(num_workers
     monkeypatch.setattr(bench_data, "loader", counted)
     found = bench_data.loading_time(clips, num_workers, batches=3, batch_size=2)
     assert sum(taken) == num_workers * 6 and abs(found - 1 / (num_workers * 4)) < 1e-9
+
+def test_rows_of_the_gpu_room(tmp_path, capsys):
+    "On the CPU with a tiny student: read from the log of a real run; without a GPU the room is empty."
+    from dataclasses import replace
+    from stjepa import bench_gpu
+    from stjepa.bench_scaling import noise_cache
+    from stjepa.bench_step import Step
+    from stjepa.student import StudentConfig
+    small = Step(StudentConfig(num_frames=4, size_px=32, embed_dim=24, depth_factorised=1, depth_joint=1, num_heads=2), batch=4, ratio=.5, share=1.,
+                 predictor_dim=24, predictor_depth=1)
+    cache, config = noise_cache(tmp_path/"cache", clips=25, grid=(2, 2, 2), dim=24), BenchConfig("gpu", device="cpu")
+    made = bench_gpu.every_batch(config, small, (2, 4), 1e12, clips=25, steps=9, log_steps=3)
+    for row in made: need_row(row)
+    assert [row["name"] for row in made] == [f"train_{what}_b{b}" for b in (2, 4) for what in ("share_of_matmul", "peak_memory", "data_wait")]
+    share, peak, wait = made[3:]
+    speed = float(share["unit"].split("; ")[1].split()[0])
+    assert share["ours"] == pytest.approx(speed * bench_gpu.flops_per_clip(small, bench_gpu.our_side) / 1e12, rel=.05) and share["reference"] == 1
+    assert .1 < peak["ours"] < 4 and 0 < wait["ours"] < 1
+    with pytest.raises(InputError, match="batch_size 400"): bench_gpu.training_rows(config, replace(small, batch=400), cache, 1e12)
+    assert bench_gpu.rows(config) == [] and "no CUDA GPU" in capsys.readouterr().out
+
+@pytest.mark.cuda
+def test_the_gpu_room_on_a_gpu(tmp_path):
+    "At full size: ten rows, a step that is not waiting for data, and a cache that saves time."
+    from stjepa import bench_gpu
+    made = {row["name"]: row for row in bench_gpu.rows(BenchConfig("gpu", repeats=10, device="cuda"))}
+    for row in made.values(): need_row(row)
+    assert set(made) == {f"train_{what}_b{b}" for what in ("share_of_matmul", "peak_memory", "data_wait") for b in (32, 64, 128)} | {"cached_vs_online"}
+    assert made["cached_vs_online"]["ratio"] > 1 and all(0 < made[f"train_share_of_matmul_b{b}"]["ratio"] < 1 for b in (32, 64, 128))

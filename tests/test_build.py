@@ -140,10 +140,76 @@ def test_two_ranks_of_one_of_two_jobs(job, tmp_path):
     assert contents(tmp_path/"c") == contents(job.cache_dir)
 
 
+def test_torchrun_is_stopped(job, tmp_path):
+    "The signal goes to torchrun, as a scheduler sends it: both ranks stop, one line says so, nothing half-written stays, and the next build finishes it."
+    config = dataclasses.replace(job, cache_dir=str(tmp_path/"c"))
+    p = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "stjepa_build_cache", *arguments(config)],
+                         env=dict(os.environ, OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True)
+    while not (Path(config.cache_dir)/"fit").exists() and p.poll() is None: time.sleep(.001)
+    p.send_signal(signal.SIGTERM); _, err = p.communicate(timeout=100)
+    assert p.returncode != 0 and "stopped by SIGTERM: " in err and "run the same command again to continue" in err, err
+    assert not list(tmp_path.rglob("*.part"))
+    whole(config, tmp_path/"log")
+    assert contents(config.cache_dir) == contents(job.cache_dir)
+
+
 @pytest.mark.parametrize("change", [dict(batch_size="1"), dict(batch_size="3"), dict(batch_size="8", num_workers=2), dict(batch_size="auto", num_workers=1)], ids=str)
 def test_bytes_do_not_depend_on(job, tmp_path, change):
     config = dataclasses.replace(job, cache_dir=str(tmp_path/"c"), **change); build_cache(config)
     assert contents(tmp_path/"c") == contents(job.cache_dir)
+
+
+# -- grown
+
+@pytest.fixture(scope="module")
+def few(job, tmp_path_factory):
+    "A finished cache of ten of the clips, so that its last shard is not full; and what becomes of it when it is extended to all, undisturbed."
+    root = tmp_path_factory.mktemp("grow"); config = dataclasses.replace(job, cache_dir=str(root/"few"), limit=10)
+    build_cache(config); shutil.copytree(root/"few", root/"all")
+    grown = dataclasses.replace(job, cache_dir=str(root/"all")); build_cache(grown)
+    return config, grown
+
+def test_a_cache_grows(job, few):
+    "Rows keep their places and their bytes, new clips come behind them, by the projection of the first ones."
+    old, new = (Cache(c.cache_dir) for c in few); records = {r.id: r for r in read_dataset(job).records}
+    assert (len(old), len(new), new.ids[:10], {*new.ids}) == (10, 24, old.ids, {*records}) and new.ids[10:] == [i for i in records if i not in old.ids]
+    assert [g["rows"] for g in new.meta["grown"]] == [10] and new.projection.hash == old.projection.hash and old.fingerprint != new.fingerprint
+    for shard in (0, 1): assert (Path(old.path)/f"targets/c/{shard}/0/0").read_bytes() == (Path(new.path)/f"targets/c/{shard}/0/0").read_bytes()
+    calls = Calls(load_teacher(job.teacher), 1)
+    for row in new.ok_rows.tolist():
+        seen, = load_views(records[new.ids[row]].path, [calls.view], new.ids[row])
+        assert torch.equal(new.targets(row), new.projection(calls(seen.frames[None])[0])[0].half()) and new.labels[row] == records[new.ids[row]].label
+    assert len(new.failures) == 1 and build_cache(few[1])["clips"] == 0, "run again, there is nothing to do"
+
+def test_a_cache_grows_in_steps_and_unfinished(job, few, tmp_path):
+    "From ten to sixteen clips, from there to all while three shards are missing; and a smaller limit is refused."
+    c = dataclasses.replace(job, cache_dir=str(shutil.copytree(few[0].cache_dir, tmp_path/"c")))
+    build_cache(dataclasses.replace(c, limit=16, shard="1/2"))
+    assert Cache(c.cache_dir, partial=True).missing_shards == [2]
+    build_cache(c); cache, whole_ = Cache(c.cache_dir), Cache(few[1].cache_dir)
+    assert [g["rows"] for g in cache.meta["grown"]] == [10, 16] and len(cache) == 24
+    for row in cache.ok_rows: assert torch.equal(cache.targets(row), whole_.targets(whole_.ids.index(cache.ids[row])))
+    with pytest.raises(InputError, match="rows is 24, asked for 10"): build_cache(dataclasses.replace(c, limit=10))
+
+@pytest.mark.parametrize("change,message", [(dict(dim=8), "dim is 16, asked for 8"), (dict(projection="orthogonal"), "projection.kind"), (dict(fit_clips=3), "projection.fit_clips"), (dict(store_frames=True), "frames is False")], ids=str)
+def test_nothing_but_the_clips_may_be_more(few, tmp_path, change, message):
+    path = shutil.copytree(few[0].cache_dir, tmp_path/"c"); before = contents(path)
+    with pytest.raises(InputError, match=message): build_cache(dataclasses.replace(few[1], cache_dir=str(path), **change))
+    assert contents(path) == before
+
+def test_growing_is_killed_and_done_by_two_jobs(few, tmp_path):
+    draw, out, want = random.Random(2), tmp_path/"log", contents(few[1].cache_dir)
+    for kill in range(5):
+        config = dataclasses.replace(few[1], cache_dir=str(shutil.copytree(few[0].cache_dir, tmp_path/str(kill))))
+        for _ in range(2): p = start(config, out); p.join(draw.uniform(0, .5)); p.kill(); p.join()
+        whole(config, out, *[config] * (kill % 2))
+        assert contents(config.cache_dir) == want
+
+def test_training_on_a_grown_cache(few, tmp_path):
+    from conftest import SMALL
+    from stjepa.pretrain import PretrainConfig, pretrain
+    pretrain(PretrainConfig(few[1].data_root, few[1].cache_dir, out=str(tmp_path/"run"), epochs=1, **SMALL))
+    assert list((tmp_path/"run").glob("checkpoint_step*.pt"))
 
 
 # -- options
@@ -249,7 +315,7 @@ def test_a_cache_that_was_begun_anew_is_left_alone(job, tmp_path):
                 shutil.rmtree(config.cache_dir); open_or_create(dataclasses.replace(config, seed=1), calls.teacher, mine.dataset)
             return super().once(frames)
     mine.calls = Meddling(calls.teacher, 1)
-    with pytest.raises(InputError, match="was begun anew by another job"): build_shards(mine, [0, 1])
+    with pytest.raises(InputError, match="was begun anew or extended by another job"): build_shards(mine, [0, 1])
     assert not finished_shards(config.cache_dir)
 
 

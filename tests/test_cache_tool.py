@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from stjepa.build_cache import BuildConfig, build_cache
-from stjepa.cache import Cache, Damaged, finished_shards, mark_name, unmark
+from stjepa.cache import Cache, Damaged, extend_cache, finish_extending, finished_shards, mark_name, unmark
 from stjepa.cache_tool import CacheConfig, cache_tool, scan
 from stjepa.core import InputError
 from stjepa.storage import Storage
@@ -185,3 +185,18 @@ def test_a_store_that_cannot_be_read_is_one_line(bucket, tmp_path, monkeypatch):
     assert "Could not connect to the endpoint" in refused("s3://bucket/x", AWS_ENDPOINT_URL=closed)
     monkeypatch.setattr(fsspec.config, "conf", conf := {}); fsspec.config.set_conf_env(conf, {"FSSPEC_S3_ENDPOINT_URL": endpoint})
     assert refused("s3://bucket/x", AWS_ENDPOINT_URL=closed) == "cache s3://bucket/x: no such folder" # fsspec's own name for the endpoint
+
+
+def test_a_cache_that_was_extended(cache_dir, tmp_path, capsys):
+    "`info` says from how many rows; `repair` finishes what was broken off; an edited plan is refused."
+    path = shutil.copytree(cache_dir, tmp_path/"c"); old = Cache(path); more = [*old.ids, "new"], [*old.labels, None], old.meta["dataset"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("stjepa.cache.finish_extending", lambda path: None); extend_cache(path, *more) # killed before it did anything
+    assert len(Cache(path)) == len(old), "still the old one"
+    plan = json.loads((path/"extend.json").read_text())
+    (path/"extend.json").write_text(json.dumps(plan | dict(labels=[])))
+    with pytest.raises(InputError, match="extend.json: not what was written; remove it"): finish_extending(path)
+    (path/"extend.json").write_text(json.dumps(plan))
+    cache_tool(CacheConfig("repair", str(path)))
+    assert cache_tool(CacheConfig("info", str(path)))["grown_from"] == [len(old)] and not (path/"extend.json").exists()
+    assert f"grown_from     [{len(old)}]" in capsys.readouterr().out and len(Cache(path, partial=True)) == len(old) + 1

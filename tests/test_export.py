@@ -1,5 +1,5 @@
 "Exported students: bit-identical, loaded strictly or not at all, usable with neither transformers nor the teacher."
-import json, re, shutil
+import json, pickle, re, shutil
 import numpy as np, pytest, torch
 from conftest import ROOT
 from huggingface_hub import HfApi
@@ -115,14 +115,44 @@ def test_the_encoder_alone(folder):
     student, encoder = Student.from_pretrained(folder), VideoEncoder.from_pretrained(folder)
     assert type(student) is Student and torch.equal(student(x := frames_like(encoder, 1)), encoder(x).tokens) and not student.training
 
+def test_a_student_loads_without_another_import(folder, python):
+    said = python(f"import sys; from stjepa.student import Student; before = 'stjepa.export' in sys.modules; s = Student.from_pretrained({str(folder)!r}); "
+                  "print(before, type(s).__name__, s.training, [m for m in ('transformers', 'stjepa.teacher', 'onnx', 'matplotlib') if m in sys.modules])")
+    assert said == "False Student False []"
+
+@pytest.mark.parametrize("change, says", [
+    (lambda c, t, m: c["student"].update(num_heads=2), "student num_heads is 2, the weights were saved with 4"),
+    (lambda c, t, m: c["view"].update(num_frames=8), "view num_frames is 8"),
+    (lambda c, t, m: t.pop("student.patch_embed.weight"), "tensor student.patch_embed.weight is missing"),
+    (lambda c, t, m: t.update({"student.head.weight": torch.zeros(1)}), "tensor student.head.weight belongs to no part"),
+    (lambda c, t, m: t["predictor.head.bias"].add_(1), "is the file damaged")])
+def test_a_student_is_as_strict(broken, change, says):
+    with pytest.raises(InputError, match=says): Student.from_pretrained(broken(change))
+
+def test_a_student_of_another_view_is_refused(folder):
+    assert Student.from_pretrained(folder, view=View(size_px=64)).config.size_px == 64
+    for view, says in ((View(size_px=64, mean=(.5, .5, .5)), "View mean .*asked for"), (View(size_px=64).placed(0, 5, 0, 1), r"View moment None, asked for \[0, 5\]")):
+        with pytest.raises(InputError, match=says): Student.from_pretrained(folder, view=view)
+
+def test_a_changed_student_is_saved_as_it_is(folder, tmp_path):
+    student = Student.from_pretrained(folder)
+    with torch.no_grad(): student.norm.bias.add_(1)
+    student.save_pretrained(tmp_path/"out")
+    again = Student.from_pretrained(tmp_path/"out")
+    assert torch.equal(again.norm.bias, student.norm.bias) and set(student.state_dict()) == set(again.state_dict()) and "whole" not in str(student)
+    for lost in (Student(student.config), pickle.loads(pickle.dumps(Student(student.config)))):
+        with pytest.raises(InputError, match="was not loaded by from_pretrained"): lost.save_pretrained(tmp_path/"none")
+    assert not (tmp_path/"none").exists()
+
 # ---- the hub and the card
 
-def test_a_push_uploads_what_loads_again(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [VideoEncoder, Student])
+def test_a_push_uploads_what_loads_again(folder, tmp_path, monkeypatch, kind):
     class Made: repo_id = "someone/student"
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **k: Made)
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, repo_id, folder_path, **k: str(shutil.copytree(folder_path, tmp_path/"uploaded")))
     encoder = VideoEncoder.from_pretrained(folder)
-    encoder.push_to_hub("someone/student", model_card_kwargs=dict(name="someone/student"))
+    kind.from_pretrained(folder).push_to_hub("someone/student", model_card_kwargs=dict(name="someone/student"))
     again = VideoEncoder.from_pretrained(tmp_path/"uploaded")
     assert torch.equal(again(x := frames_like(encoder, 1)).pooled, encoder(x).pooled)
     assert 'from_pretrained("someone/student")' in (tmp_path/"uploaded"/"README.md").read_text()

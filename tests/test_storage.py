@@ -121,3 +121,33 @@ def test_addresses_that_cannot_be_used(url, words, monkeypatch):
 
 def test_reasons_are_one_line():
     assert reason(ValueError("a\nb")) == "ValueError: a" and reason(KeyError()) == "KeyError: no message"
+
+
+# -- past the system's cache
+
+LARGE = [bytes([i]) * n for i, n in enumerate((9_000_001, 3, 1_204_224, 4))]
+
+@pytest.mark.parametrize("where", ["open", "write"])
+def test_a_file_system_without_direct_writing(tmp_path, monkeypatch, where):
+    "Some refuse such a file, some the first write to it: the bytes are the same."
+    import errno, fcntl
+    real, refusals = getattr(os, where), []
+    def refusing(x, *args):
+        if (args[0] if where == "open" else fcntl.fcntl(x, fcntl.F_GETFL)) & getattr(os, "O_DIRECT", 0):
+            refusals.append(x); raise OSError(errno.EINVAL, "Invalid argument")
+        return real(x, *args)
+    monkeypatch.setattr(os, where, refusing)
+    Storage(tmp_path).write("large", LARGE)
+    assert (tmp_path/"large").read_bytes() == b"".join(LARGE) and len(refusals) == (1 if getattr(os, "O_DIRECT", 0) else 0)
+
+def test_a_disk_that_fills_up_under_a_large_file(tmp_path, monkeypatch):
+    import errno
+    storage, real, written = Storage(tmp_path), os.write, []
+    storage.write("large", LARGE[:1])
+    def full(fd, data):
+        written.append(len(data))
+        if len(written) > 1: raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data)
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(InputError, match="the disk is full"): storage.write("large", LARGE)
+    assert len(written) == 2 and storage.names() == ["large"] and (tmp_path/"large").read_bytes() == LARGE[0]

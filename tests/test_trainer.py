@@ -98,6 +98,35 @@ def test_one_two_and_again_one_process_train_the_same_student(cache, tmp_path):
         for r in lines[d]: assert r["loss"] == pytest.approx(wanted[r["step"]], abs=1e-4), f"{d}, step {r['step']}"
     assert sorted(p.name for p in (tmp_path/"two").iterdir()) == sorted(p.name for p in (tmp_path/"one").iterdir())
 
+def job_sliced(cache, folder, optimizer):
+    import matplotlib.backends.backend_agg, torch._dynamo, torch.distributed.device_mesh, torch.distributed.fsdp, torch.distributed.tensor
+    folder, save = Path(folder), dict(optimizer=optimizer, epochs=2, log_steps=1, drop_path=0., save_steps=4, keep_last=0, probe_steps=10)
+    def at(name, **more): return config(cache, folder/name, **{**save, "parallel": "fsdp", **more})
+    assert os.waitpid(fork(at("one", parallel="ddp")), 0)[1] == 0
+    together(at("sliced"), 2, 29573)
+    for name, start in dict(again="sliced", alone="sliced", parts="one").items():
+        (folder/name).mkdir(); (folder/name/"checkpoint_step4.pt").symlink_to(folder/start/"checkpoint_step4.pt")
+    together(at("again", resume="auto"), 2, 29574)
+    if optimizer == "muon": return
+    together(at("parts", resume="auto", accumulate=2), 2, 29575)
+    assert os.waitpid(fork(at("alone", resume="auto", parallel="ddp")), 0)[1] == 0
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_model_in_slices_trains_the_same_student(cache, tmp_path, optimizer):
+    """FSDP2 on two gloo processes: losses agree with those of one process to 1e-4, its checkpoint is like any other, and a run moves between
+    slices and one piece. Slices continued as slices are the same run, bit for bit."""
+    fresh("job_sliced", cache, tmp_path, optimizer)
+    lines = {p.parent.name: [r for r in read_jsonl(p) if "loss" in r] for p in tmp_path.glob("*/metrics.jsonl")}
+    wanted = {r["step"]: (r["loss"], r["grad_norm"]) for r in lines["one"]}
+    assert len(lines) == (5 if optimizer == "adamw" else 3) and len(wanted) == len(lines["sliced"]) == 10 and len(lines["again"]) == 6
+    for d in lines:
+        for r in lines[d]: assert (r["loss"], r["grad_norm"]) == pytest.approx(wanted[r["step"]], abs=1e-4), f"{d}, step {r['step']}"
+    same(last(tmp_path/"again"), last(tmp_path/"sliced"))
+    one, sliced = (tensors(load_checkpoint(last(tmp_path/d))) for d in ("one", "sliced"))
+    assert {k: (v.shape, v.dtype, type(v)) for k, v in one.items()} == {k: (v.shape, v.dtype, type(v)) for k, v in sliced.items()}
+    judged = [[r["hidden_loss"] for r in read_jsonl(tmp_path/d/"metrics.jsonl") if "hidden_loss" in r] for d in ("one", "sliced")]
+    assert judged[0] == pytest.approx(judged[1], abs=1e-4) and len(judged[0]) == 3
+
 def test_a_failing_process_ends_the_job_with_its_message(cache, tmp_path):
     "One row is damaged: whichever process reads it says so."
     import shutil
@@ -130,7 +159,34 @@ def test_asked_to_stop(cache, tmp_path, number):
     first, second = ([(r["step"], r.get("loss")) for r in read_jsonl(tmp_path/d/"metrics.jsonl")] for d in ("run", "whole"))
     assert first == second
 
+def alive(pid):
+    with contextlib.suppress(ProcessLookupError): os.kill(pid, 0); return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    return False
+
+@pytest.mark.parametrize("whom", ["torchrun", "process", "both"])
+def test_two_processes_asked_to_stop(cache, tmp_path, whom):
+    """They agree on the step, one file is saved, nobody is left behind, and the line that is printed continues the run.
+    torchrun itself ends with 1 when it gets the signal, whatever its processes do; sent to a process of it, all end with 0."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in dict(TINY, epochs=400, log_steps=1, keep_last=1, out=tmp_path/"run").items()]
+    job = subprocess.Popen([BIN/"torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "stjepa_pretrain", "none", cache, *flags],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    while not (tmp_path/"run"/"metrics.jsonl").exists() or len(read_jsonl(tmp_path/"run"/"metrics.jsonl")) < 13: time.sleep(.01); assert job.poll() is None
+    workers = [int(p) for p in subprocess.run(["ps", "--ppid", str(job.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()]
+    for pid in dict(torchrun=[job.pid], process=workers[:1], both=[*workers, job.pid])[whom]: os.kill(pid, signal.SIGTERM); time.sleep(.03)
+    said, err = job.communicate(timeout=100)
+    assert len(workers) == 2 and not any(map(alive, workers)) and job.returncode == (whom != "process"), err[-2000:]
+    assert said.count("stopped by SIGTERM at step") == 1 and f"saved {last(tmp_path/'run')}; to go on: torchrun --nproc-per-node 2 --no-python stjepa_pretrain none" in said
+    assert [r["step"] for r in read_jsonl(tmp_path/"run"/"metrics.jsonl") if "loss" in r] == list(range(1, step_of(last(tmp_path/"run")) + 1))
+    with contextlib.redirect_stdout(io.StringIO()): again = pretrain(config(cache, tmp_path/"run", **dict(TINY, epochs=400, steps=0, log_steps=1), resume="auto"), Later(2))
+    assert again["steps"] == step_of(last(tmp_path/"run")) > 10
+
 # -- resuming
+
+class Later(StopSignal):
+    "A stop asked for after so many looks."
+    def __init__(self, looks): self.looks = looks
+    @property
+    def name(self): self.looks -= 1; return "SIGTERM" if self.looks < 0 else ""
 
 @pytest.fixture
 def half(cache, tmp_path):
@@ -194,7 +250,8 @@ def test_a_checkpoint_that_would_run_code_is_refused(cache, half, tmp_path):
     with pytest.raises(InputError, match="more than tensors and plain values"): pretrain(config(cache, half, resume=str(half/"checkpoint_step19.pt")))
     assert not (tmp_path/"sprung").exists()
 
-def test_numbers_that_are_not_finite(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_numbers_that_are_not_finite(cache, tmp_path, monkeypatch, optimizer):
     "Now and then: skipped and counted. Always: the run ends and names the rows."
     from stjepa.clips import CachedClips
     whole, targets, odd = CachedClips.__getitem__, [], set()
@@ -205,12 +262,12 @@ def test_numbers_that_are_not_finite(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(CachedClips, "__getitem__", item)
     run = open_run(config(cache, tmp_path/"x"), torch.device("cpu"))
     odd.add(run.steps.clips[0][0])
-    result = pretrain(config(cache, tmp_path/"some", log_steps=1))
+    result = pretrain(config(cache, tmp_path/"some", log_steps=1, optimizer=optimizer))
     lines = read_jsonl(tmp_path/"some"/"metrics.jsonl")
     ckpt = load_checkpoint(result["checkpoint"])
     assert sum(r.get("skipped", 0) for r in lines) == ckpt["skipped"] == 2 and all(t.isfinite().all() for t in tensors(ckpt["model"]).values())
     odd |= {r for rows in run.steps.clips for r in rows}
-    with pytest.raises(InputError, match=r"not finite in 3 steps in a row \(--max-nonfinite 3\); the rows in them: \[\d+, .*\d+\]"): pretrain(config(cache, tmp_path/"all", max_nonfinite=3, log_steps=1))
+    with pytest.raises(InputError, match=r"not finite in 3 steps in a row \(--max-nonfinite 3\); the rows in them: \[\d+, .*\d+\]"): pretrain(config(cache, tmp_path/"all", max_nonfinite=3, log_steps=1, optimizer=optimizer))
     assert [step_of(p) for p in checkpoints(tmp_path/"all")] == [0]
 
 def test_a_loss_that_does_not_fall_is_called_a_collapse(cache, tmp_path, monkeypatch, capsys):
@@ -302,20 +359,19 @@ def test_videos_left_out(cache, tmp_path, capsys):
     assert "2 left out by --skip" in capsys.readouterr().out
     run = open_run(config(cache, tmp_path/"run", skip=str(tmp_path/"bad.csv")), torch.device("cpu"))
     used = {Cache(cache).ids[r] for r in [*sum(run.steps.clips, []), *run.steps.held]}
+    (tmp_path/"more.csv").write_text("file,reason\nvideos/clip9.webm,empty file\n")
+    assert open_run(config(cache, tmp_path/"run", skip=f"{tmp_path/'bad.csv'},{tmp_path/'more.csv'}"), torch.device("cpu")).steps.skipped == 3
+    with pytest.raises(InputError, match="gone.csv"): open_run(config(cache, tmp_path/"run", skip=f"{tmp_path/'bad.csv'},{tmp_path/'gone.csv'}"), torch.device("cpu"))
     assert len(used) == 23 and not used & {"clip3", "clip8"}
 
 @pytest.mark.parametrize("options", [dict(prediction="joint"), dict(prediction="tail"), dict(loss="l1", whiten=True), dict(loss="smooth_l1", visible_weight=.5),
     dict(mask="multiblock", masks_per_clip=2), dict(mask_ratio=.75, mask_ratio_end=.25, mask_schedule="cosine", epochs=3), dict(pattern="J2", positions="rotary", embed_dim=48, predictor_dim=48),
-    dict(positions="learned", predict_share=.5), dict(dtype="bfloat16"), dict(accumulate=2)], ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
+    dict(positions="learned", predict_share=.5), dict(dtype="bfloat16"), dict(accumulate=2), dict(optimizer="muon")], ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_every_way_to_train_can_be_stopped_and_continued(cache, tmp_path, options):
-    class Later(StopSignal):
-        looks = 0
-        @property
-        def name(self): self.looks += 1; return "SIGTERM" if self.looks > 3 else ""
     torch.set_num_threads(1)
     small = dict(epochs=2, **options) if "epochs" not in options else options
     whole = pretrain(config(cache, tmp_path/"whole", **small))
-    assert pretrain(config(cache, tmp_path/"cut", **small), Later())["stopped"]
+    assert pretrain(config(cache, tmp_path/"cut", **small), Later(3))["stopped"]
     pretrain(config(cache, tmp_path/"cut", **small, resume="auto"))
     same(last(tmp_path/"cut"), whole["checkpoint"])
     assert 0 < whole["hidden_loss"] < 3
@@ -329,6 +385,18 @@ def test_a_compiled_student_is_the_same_student(cache, tmp_path, monkeypatch):
     a, b = (tensors(load_checkpoint(w["checkpoint"])["model"]) for w in whole)
     assert a.keys() == b.keys()
     for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-4)
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [dict(), dict(compile=True), dict(optimizer="muon"), dict(num_workers=1)], ids=str)
+def test_on_a_gpu(cache, tmp_path, options):
+    "In bfloat16: it learns what the CPU learns but for rounding, and can be stopped and continued."
+    small = dict(epochs=2, device="cuda", drop_path=0., **options)
+    whole = pretrain(config(cache, tmp_path/"whole", **small))
+    alone = pretrain(config(cache, tmp_path/"cpu", **dict(small, device="cpu", compile=False)))
+    assert whole["hidden_loss"] == pytest.approx(alone["hidden_loss"], abs=.02)
+    assert pretrain(config(cache, tmp_path/"cut", **small), Later(3))["stopped"]
+    assert pretrain(config(cache, tmp_path/"cut", **small, resume="auto"))["hidden_loss"] == pytest.approx(whole["hidden_loss"], abs=.01)
+    assert any(r.get("gpu_mb", 0) > 0 for r in read_jsonl(tmp_path/"cut"/"metrics.jsonl"))
 
 # -- the size of the real thing
 

@@ -252,6 +252,31 @@ def test_workers_are_gone_afterwards(videos):
     assert not multiprocessing.active_children()
     assert "Z" not in [state for state, parent in _processes() if parent == os.getpid()]
 
+def test_kept_batches_keep_their_pixels(videos):
+    "More batches than the ring has slots, all kept; then each dropped at once, twice over."
+    paths = [videos[n] for n in ("clip.webm", "clip.avi", "clip.mp4")] * 10; want = [load_clip(p, VIEW).frames for p in paths[:3]]
+    data = loader([Record(str(i), p) for i, p in enumerate(paths)], VIEW, batch_size=1, num_workers=2)
+    kept = list(data)
+    for i, batch in enumerate(kept): assert torch.equal(batch["frames"][0], want[i % 3])
+    del kept, batch
+    for _ in range(2):
+        for i, batch in enumerate(data): assert torch.equal(batch["frames"][0], want[i % 3])
+    del batch
+    assert sorted(data.dataset.ring.free) == list(range(8))
+
+def test_killed_loading_leaves_no_process_and_no_shared_memory(videos, tmp_path):
+    code = ("import sys, time\nfrom stjepa.records import Record\nfrom stjepa.video import View, loader\n"
+            "data = iter(loader([Record('a', sys.argv[1])] * 1000, View(num_frames=4, size_px=32), batch_size=2, num_workers=2)); batch = next(data)\n"
+            "import multiprocessing; print(*[p.pid for p in multiprocessing.active_children()], flush=True); time.sleep(100)")
+    there = lambda: {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith("torch_")} if Path("/dev/shm").is_dir() else set()
+    before = there()
+    p = subprocess.Popen([sys.executable, "-c", code, str(videos["clip.webm"])], stdout=subprocess.PIPE, text=True)
+    workers = p.stdout.readline().split(); p.kill(); p.wait()
+    alive = lambda: [w for w in workers if Path(f"/proc/{w}/stat").exists() and Path(f"/proc/{w}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"]
+    end = time.time() + 30
+    while alive() and time.time() < end: time.sleep(.1)
+    assert len(workers) == 2 and not alive() and not {n for n in there() - before if f"torch_{p.pid}_" in n or any(f"torch_{w}_" in n for w in workers)}
+
 # writing
 
 SHAPES = [(".webm", 1, 1), (".webm", 3, 5), (".webm", 96, 171), (".avi", 16, 16), (".avi", 33, 17), (".mp4", 2, 2), (".mp4", 96, 170)]
