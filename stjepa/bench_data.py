@@ -11,8 +11,8 @@ import json, tempfile, time
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
-from .bench import BenchConfig, bench_row, cores, side_by_side
-from .core import need, save_json
+from .bench import BenchConfig, bench_row, side_by_side
+from .core import cores, need, save_json
 from .records import Record
 from .ssv2 import ssv2
 from .toy import SHAPES, draw_scene, render

@@ -7,7 +7,7 @@ __all__ = ['CacheConfig', 'describe', 'info', 'bad_rows', 'scan', 'verify', 'rep
            'draw_statistics', 'draw_clips', 'stats', 'pick_rows', 'export', 'cache_tool', 'main']
 
 # %% ../nbs/14_cache_tool.ipynb #e89a1b21
-import functools, json, os, re
+import functools, json, re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -17,7 +17,7 @@ import numpy as np, torch, torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from .cache import OK, Cache, Damaged, drop_shards, finish_extending, finished_shards, restore_arrays, shard_range
-from .core import atomic_path, console, generator, need, progress, save_json
+from .core import atomic_path, console, cores, generator, need, progress, save_json
 from .storage import Storage
 from .teacher import pca_colours
 
@@ -88,8 +88,7 @@ def scan(
     "Check every finished shard of a cache."
     _opened.cache_clear(); _opened(path)
     jobs = [(path, shard) for shard in finished_shards(path)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(num_workers or cores, len(jobs) // 4)
+    workers = min(num_workers or cores(), len(jobs) // 4)
     bar = functools.partial(progress, desc="checking", total=len(jobs), unit="shard")
     if workers < 2: return {shard: bad for _, shard in bar([*jobs]) if (bad := _bad_rows((path, shard)))}
     context = get_context("forkserver"); context.set_forkserver_preload([__name__])

@@ -6,13 +6,13 @@
 __all__ = ['TENSORS', 'read_skipped', 'split_rows', 'video_paths', 'CachedClips', 'collate', 'step_keys', 'feed']
 
 # %% ../nbs/27_clips.ipynb #f75c67ee
-import os, signal
+import signal
 import torch
 from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from .cache import Cache
-from .core import InputError, Ranks, generator, need, stable_hash
+from .core import InputError, Ranks, cores, generator, need, stable_hash
 from .masking import clip_masks
 from .records import read_skip, stem
 from .ssv2 import ssv2
@@ -125,6 +125,6 @@ def feed(
     timeout:float=600, # seconds to wait for a batch
 ) -> DataLoader:
     "Batches of `data`; its workers live as long as its iterator."
-    num_workers = min(num_workers, os.cpu_count() or 1)
+    num_workers = min(num_workers, cores())
     more = dict(timeout=timeout, prefetch_factor=prefetch, worker_init_fn=_worker) if num_workers else {}
     return DataLoader(data, batch_sampler=keys, collate_fn=collate, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **more)

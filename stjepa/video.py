@@ -18,7 +18,7 @@ import numpy as np, torch, torch.nn.functional as F
 from einops import rearrange
 from fastcore.basics import patch
 from torch import Tensor
-from .core import InputError, need, seed_of, stable_hash
+from .core import InputError, cores, need, seed_of, stable_hash
 from .records import Record
 
 # %% ../nbs/01_video.ipynb #ab8dab82
@@ -660,7 +660,7 @@ def loader(
     **kwargs, # of `DataLoader`, e.g. `shuffle` or `batch_sampler`
 ) -> torch.utils.data.DataLoader:
     "Batches of clips, in the order of `rows`. Each worker decodes and resizes on one thread (torch's own habit in workers); there are no more of them than cores."
-    num_workers, clips, order = min(num_workers, os.cpu_count() or 1), ClipDataset(records, view, rows, seed, views, timeout), kwargs.pop("batch_sampler", None)
+    num_workers, clips, order = min(num_workers, cores()), ClipDataset(records, view, rows, seed, views, timeout), kwargs.pop("batch_sampler", None)
     if order is None: order = torch.utils.data.DataLoader(clips, batch_size, generator=kwargs.get("generator"), **{k: kwargs.pop(k) for k in ("shuffle", "sampler", "drop_last") if k in kwargs}).batch_sampler
     largest = max(map(len, order), default=0) if isinstance(order, list) else batch_size
     last_resort = timeout * largest + 60 if num_workers else 0 # a worker whose decoder never gives back Python's lock

@@ -3,8 +3,8 @@ import json
 import numpy as np, pytest
 from conftest import ROOT
 from stjepa import bench, bench_data
-from stjepa.bench import BenchConfig, bench_row, cores, hardware, show_rows, side_by_side
-from stjepa.core import InputError
+from stjepa.bench import BenchConfig, bench_row, show_rows, side_by_side
+from stjepa.core import InputError, cores, hardware
 from stjepa.video import View, load_clip, probe
 
 KEYS = ["name", "ours", "reference", "ratio", "unit", "hardware", "command"]

@@ -331,7 +331,7 @@ def test_retrieval_takes_one_list_or_two(toy, checkpoint, tmp_path, capsys):
     config = RetrievalConfig(*map(str, roots.values()), checkpoint, out=str(tmp_path/"out"), rows="mean_pixel", head_steps=10, num_workers=0, device="cpu", max_failed=0., skip=",".join(lists))
     summary = retrieval_eval(config)
     assert summary["skipped"] == {"msrvtt train": 1, "msrvtt test": 0, "msvd train": 0, "msvd test": 1}
-    assert summary["counts"]["msvd"]["test_videos"] == 7 and summary["counts"]["msrvtt"] | dict(test_captions=8) == dict(train_videos=15, test_videos=8, test_captions=8)
+    assert summary["counts"]["msvd"]["test_videos"] == 7 and summary["counts"]["msrvtt"] == dict(train_videos=15, test_videos=8, test_captions=8, neighbours=3)
     text = capsys.readouterr().out
     assert "1 of msrvtt train, 1 of msvd test" in text and "not those of the whole test list" in text
     assert [sum(map(len, read_lists(dataclasses.replace(config, skip=skip))[1].values())) for skip in ("", lists[0], ", ".join(lists))] == [0, 1, 2]
