@@ -10,13 +10,13 @@ __all__ = ['VARIANTS', 'PROBES', 'SPOILT', 'LISTS', 'HEADS', 'shuffled', 'window
            'long_enough', 'report', 'temporal_eval', 'write_results', 'main']
 
 # %% ../nbs/44_temporal.ipynb #0903415a
-import os, time
+import time
 import numpy as np, torch
 from dataclasses import dataclass, replace
 from pathlib import Path
 from torch import Tensor
 from typing import Literal, NamedTuple
-from .core import Ranks, console, need, need_dir, pick_device, pick_dtype, process_group, progress, save_json, seed_of, stable_hash, start_run
+from .core import Ranks, console, cores, need, need_dir, pick_device, pick_dtype, process_group, progress, save_json, seed_of, stable_hash, start_run
 from .data import recognise, read_splits
 from .features import (Encoder, Features, check_features, encoders_of, leave_out, markdown_table, read_features, read_rows, skip_note, write_failed,
                              write_features, write_skipped)
@@ -93,7 +93,7 @@ class TakesDataset(torch.utils.data.Dataset):
 # %% ../nbs/44_temporal.ipynb #c24b0806
 def takes_of(records:list[Record], view:View, variants:list[str], batch_size:int=8, num_workers:int=0): # yields lists of `TakesDataset` items
     "Decoded clips, batch by batch, in order."
-    return torch.utils.data.DataLoader(TakesDataset(records, view, variants), batch_size, num_workers=min(num_workers, os.cpu_count() or 1), collate_fn=list)
+    return torch.utils.data.DataLoader(TakesDataset(records, view, variants), batch_size, num_workers=min(num_workers, cores()), collate_fn=list)
 
 # %% ../nbs/44_temporal.ipynb #3508bd33
 def compact(x:Tensor) -> Tensor: return x.half() if x.ndim == 3 else x # tokens take half the room, vectors stay as they are
