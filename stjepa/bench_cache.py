@@ -8,14 +8,14 @@ __all__ = ['GRID', 'DIM', 'SMALL', 'HUGE', 'write_targets', 'read_rows', 'write_
            'rows']
 
 # %% ../nbs/63_bench_cache.ipynb #6519fcb8
-import os, resource, shutil, tempfile
+import resource, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from .bench import BenchConfig, bench_row, side_by_side
 from .build_cache import BuildConfig, Calls, Job, build_shards, fit, missing_shards, open_or_create, teacher_calls
 from .cache import Cache, create_cache, finished_shards, shard_range, unmark, write_shard
-from .core import generator, pick_device
+from .core import cores, generator, pick_device
 from .records import Dataset, Record
 from .teacher import load_teacher, random_teacher
 from .toy import ACTIONS, SSV2_SHAPES, draw_scene, render
@@ -128,12 +128,12 @@ def pipeline_rows(
     repeats:int=3, # builds
 ) -> list[dict]:
     "Builds with the null teacher against decoding alone: clips per second of this machine, and processor time per clip, which other people's work on it changes less."
-    cores, turns = os.cpu_count(), videos * 4
-    job = bench_job(root, videos, clips, NullCalls(Null(), 1), projection="none", num_workers=cores)
+    n, turns = cores(), videos * 4
+    job = bench_job(root, videos, clips, NullCalls(Null(), 1), projection="none", num_workers=n)
     sides = lambda: again(job), lambda: [load_clip(v, View()) for v in turns]
     ours, decoding = side_by_side(*sides, repeats)
     busy, decoding_busy = side_by_side(*sides, repeats, timed=processor_seconds)
-    return [bench_row("pipeline_vs_decode", clips / ours, cores * len(turns) / decoding, f"clips/s of {cores} cores, higher is better"),
+    return [bench_row("pipeline_vs_decode", clips / ours, n * len(turns) / decoding, f"clips/s of {n} cores, higher is better"),
             bench_row("pipeline_processor_vs_decode", busy / clips * 1e3, decoding_busy / len(turns) * 1e3, "ms of processor time per clip, lower is better")]
 
 # %% ../nbs/63_bench_cache.ipynb #6b2b71f1
@@ -152,7 +152,7 @@ def teacher_row(
     "Builds with a VideoMAE of random weights against calls of it alone."
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     calls = Calls(load_teacher(random_teacher(root/"teacher", **config), device, dtype), batch_size if device.type == "cuda" else 1)
-    job = bench_job(root, videos, clips, calls, num_workers=max(1, os.cpu_count() - 1), dim=min(DIM, calls.teacher.width), shard_rows=8)
+    job = bench_job(root, videos, clips, calls, num_workers=max(1, cores() - 1), dim=min(DIM, calls.teacher.width), shard_rows=8)
     ready = [to_pixels(torch.stack([load_clip(videos[i % len(videos)], calls.view).frames for i in range(calls.size)]).to(device), calls.view)]
     alone = lambda: [calls.teacher(pixels) for pixels in ready * (clips // calls.size)]
     ours, reference = side_by_side(lambda: again(job), alone, repeats)
@@ -166,11 +166,12 @@ def frames_row(
     repeats:int=20, # timed samples of each side
 ) -> dict:
     "A student's sample, frames and target, from stored frames against decoding the video; checksums are verified on both sides."
-    job = bench_job(root, videos, clips, NullCalls(Null(), 1), projection="none", store_frames=True, num_workers=os.cpu_count()); again(job)
+    job = bench_job(root, videos, clips, NullCalls(Null(), 1), projection="none", store_frames=True, num_workers=cores()); again(job)
     cache = Cache(job.store); turn = iter(np.random.default_rng(0).integers(clips, size=4 * repeats + 4).tolist())
     stored = lambda r: (cache.frames(r), cache.targets(r))
     decoded = lambda r: (load_clip(videos[r % len(videos)], cache.view).frames, cache.targets(r))
     assert all(torch.equal(a, b) for a, b in zip(stored(5), decoded(5)))
+    for r in range(clips): stored(r) # into the system's cache, as in `read_rows`
     ours, reference = side_by_side(lambda: stored(next(turn)), lambda: decoded(next(turn)), repeats)
     return bench_row("stored_frames_speedup", 1 / ours, 1 / reference, "samples/s, higher is better")
 

@@ -52,7 +52,8 @@ def load_checkpoint(
     except pickle.UnpicklingError: raise InputError(f"checkpoint {path}: cannot be read: it holds more than tensors and plain values") from None
     except (OSError, RuntimeError, zipfile.BadZipFile, EOFError) as e:
         raise InputError(f"checkpoint {path}: cannot be read ({type(e).__name__})") from None
-    need(isinstance(ckpt, dict) and ckpt.get("format") == FORMAT, f"checkpoint {path}: not a checkpoint of stjepa_pretrain ('{FORMAT}')")
+    kind = ckpt.get("format") if isinstance(ckpt, dict) else None
+    need(kind == FORMAT, f"checkpoint {path}: not a checkpoint of this version of stjepa_pretrain: its format is {kind!r}, expected '{FORMAT}'")
     return ckpt
 
 # %% ../nbs/28_checkpoint.ipynb #d8857643
