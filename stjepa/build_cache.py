@@ -55,7 +55,7 @@ class BuildConfig:
     num_workers:int=4 # processes that decode; 0 decodes in the main one
     device:str="auto" # auto, cpu, cuda or cuda:N
     shard:str="" # i/n, i from 0 to n - 1: this job is one of n that build the cache, e.g. --shard $SLURM_ARRAY_TASK_ID/8
-    skip:str="" # csv with the header file,reason: videos to leave out
+    skip:str="" # csv with the header file,reason, or several with commas between: videos to leave out
     max_failed:float=0.05 # stop when more than this share of the clips cannot be read
     retry_failed:bool=False # do the shards that have failed clips again
     shard_rows:int=64 # rows per file of the cache, lowered to a multiple of views

@@ -8,7 +8,6 @@ __all__ = ['TENSORS', 'read_skipped', 'split_rows', 'video_paths', 'CachedClips'
 # %% ../nbs/27_clips.ipynb #f75c67ee
 import signal
 import torch
-from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from .cache import Cache
@@ -20,11 +19,10 @@ from .video import VideoError, load_clip
 
 # %% ../nbs/27_clips.ipynb #8d7af02e
 def read_skipped(
-    skip:str, # a csv `file,reason` as stjepa_data writes it, or several with commas between; empty for none
+    skip:str, # see `read_skip`
 ) -> set[str]: # clip ids
     "Ids of the videos to leave out; an SSv2 file is named by its id."
-    paths = [skip] if Path(skip).exists() else skip.split(",")
-    return {stem(file) for path in paths for file in read_skip(path.strip())}
+    return {stem(file) for file in read_skip(skip)}
 
 def split_rows(
     cache:Cache, # targets

@@ -414,11 +414,10 @@ def write_failed(
 # %% ../nbs/40_features.ipynb #2385c7af
 def leave_out(
     dataset:Dataset, # one list of videos
-    skip:str, # a csv `file,reason`, or several with commas between; empty for none
+    skip:str, # see `read_skip`
 ) -> tuple[Dataset,list]: # the others; `(file, reason)` of those left out
     "A list without the videos that a skip list names; `InputError` if none would remain."
-    paths = [skip] if Path(skip).exists() else skip.split(",")
-    bad = skipped_rows(dataset, {file: reason for path in paths for file, reason in read_skip(path.strip()).items()})
+    bad = skipped_rows(dataset, read_skip(skip))
     need(len(bad) < len(dataset) or not bad, f"--skip {skip}: names every video of {dataset.name} {dataset.split}")
     left = [(dataset.records[row].path.relative_to(dataset.root).as_posix(), reason) for row, reason in bad.items()]
     return dataclasses.replace(dataset, records=[r for row, r in enumerate(dataset.records) if row not in bad]), left

@@ -191,10 +191,11 @@ def collector_paused():
 
 # %% ../nbs/01_records.ipynb #3e2b2a3c
 def read_skip(
-    path, # a csv with the header `file,reason`; empty for none
+    skip, # a csv with the header `file,reason`, or several with commas between; empty for none
 ) -> dict[str, str]: # file below the data root -> reason
-    "The list of videos to leave out; `InputError` names the line that is not `file,reason`."
-    return {row["file"]: row["reason"] for _, row in read_csv(path, "file", "reason")} if path else {}
+    "The videos to leave out; `InputError` names the line that is not `file,reason`."
+    lists = [skip] if os.path.isfile(skip) else [path.strip() for path in str(skip).split(",")] if skip else []
+    return {row["file"]: row["reason"] for path in lists for _, row in read_csv(path, "file", "reason")}
 
 def skipped_rows(dataset:Dataset, skip:dict) -> dict[int, str]:
     "Row -> reason, for the records whose file `skip` names."
