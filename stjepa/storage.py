@@ -6,7 +6,7 @@
 __all__ = ['reason', 'told', 'Storage', 'Mapped', 'machine']
 
 # %% ../nbs/11_storage.ipynb #82098d25
-import errno, functools, json, mmap, os, platform, re, threading, time, weakref
+import errno, functools, json, mmap, os, platform, re, resource, threading, time, weakref
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
@@ -15,13 +15,14 @@ from .core import InputError, need, stable_hash
 # %% ../nbs/11_storage.ipynb #9614fe2c
 _ADVICE = {errno.ENOSPC: "the disk is full: free some space and run again", errno.EDQUOT: "the disk quota is used up: free some space and run again",
            errno.EACCES: "permission denied", errno.EPERM: "permission denied", errno.EROFS: "the file system is read-only",
-           errno.ENOENT: "no such file", errno.ENOTDIR: "no such file", errno.EISDIR: "a folder, expected a file"}
+           errno.EFBIG: "no file may become as large here: raise ulimit -f", errno.ENOENT: "no such file", errno.EISDIR: "a folder, expected a file",
+           errno.ENOTDIR: "a file stands where a folder is expected", errno.EEXIST: "a file stands where a folder is expected"}
 
 def reason(e:Exception) -> str:
     "What went wrong, and where there is something to do about it, what."
     if "Credentials" in type(e).__name__: return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of your store"
     if isinstance(e, PermissionError): return "permission denied"
-    if isinstance(e, FileNotFoundError): return "no such bucket" if "bucket" in str(e) else "no such file"
+    if isinstance(e, FileNotFoundError): return "no such bucket" if "bucket does not exist" in str(e) else "no such file"
     if isinstance(e, OSError) and e.errno in _ADVICE: return _ADVICE[e.errno]
     return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
 
@@ -102,9 +103,7 @@ def _pread(
     buffers:list, # writable; filled one after the other
 ) -> int: # bytes that were there
     "Copy a range of a file into `buffers`."
-    fd = os.open(file, os.O_RDONLY)
-    try: return os.preadv(fd, buffers, start)
-    finally: os.close(fd)
+    with told(str(file)), open(file, "rb", buffering=0) as f: return os.preadv(f.fileno(), buffers, start)
 
 # %% ../nbs/11_storage.ipynb #b57d8c46
 def _scatter(data:bytes, buffers:list) -> int:
@@ -121,9 +120,7 @@ def read_into(self:Storage,
     pieces:list[tuple], # `(name, first byte, buffers)` of each range
 ) -> list[int]: # bytes read for each; fewer than asked for where a file is too short
     "Copy ranges of files into buffers; `InputError` names the file that is missing."
-    if self.local:
-        try: return [_pread(f"{self.path}/{name}", start, buffers) for name, start, buffers in pieces]
-        except OSError as e: raise InputError(f"{e.filename or self.path}: {reason(e)}") from e
+    if self.local: return [_pread(f"{self.path}/{name}", start, buffers) for name, start, buffers in pieces]
     starts, sizes = [p[1] for p in pieces], [sum(memoryview(b).nbytes for b in p[2]) for p in pieces]
     with told(self.path):
         found = self.fs.cat_ranges([self.where(p[0]) for p in pieces], starts, [a + n for a, n in zip(starts, sizes)], on_error="return")
@@ -142,26 +139,21 @@ def _got(self:Storage, name:str, data) -> bytes:
 class Mapped:
     "A file that is read when it is touched."
     def __init__(self, file:str, size:int):
-        import torch
-        self.file, self.size, self.announced = file, size, set()
-        self.data = torch.from_file(file, shared=False, size=size, dtype=torch.uint8).numpy()
+        import numpy as np, torch
+        self.file, self.size = file, size
+        if len(_MAPS) < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            with open(file, "rb") as f: opened = mmap.mmap(f.fileno(), size, prot=mmap.PROT_READ)
+            self.data, self.length = np.frombuffer(opened, np.uint8), opened.size
+        else: self.data, self.length = torch.from_file(file, shared=False, size=size, dtype=torch.uint8).numpy(), lambda: os.stat(file).st_size
     def range(self, start:int, size:int): # `(size,)` uint8; none where the file is gone or of another length
         try:
-            if os.stat(self.file).st_size != self.size: return self.data[:0]
-            if start not in self.announced: self.announced.add(start); _announce(self.file, start, size)
+            if self.length() != self.size: return self.data[:0]
         except FileNotFoundError: return self.data[:0]
         return self.data[start:start + size]
 
-def _announce(file:str, start:int, size:int):
-    "Have the system fetch a range, without waiting for it."
-    if not hasattr(os, "posix_fadvise"): return
-    fd = os.open(file, os.O_RDONLY)
-    try: os.posix_fadvise(fd, start, size, os.POSIX_FADV_WILLNEED)
-    finally: os.close(fd)
-
-# %% ../nbs/11_storage.ipynb #2a282289
 _MAPS = weakref.WeakValueDictionary() # of those that somebody holds
 
+# %% ../nbs/11_storage.ipynb #2a282289
 @patch
 def mapped(self:Storage, name:str) -> Mapped:
     "A file of a folder, mapped; `InputError` if it is missing."

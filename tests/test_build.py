@@ -1,5 +1,5 @@
 "Building a cache: whatever is killed, stopped, split or started twice, the bytes are those of an undisturbed build."
-import dataclasses, multiprocessing, os, random, shutil, signal, subprocess, sys, time
+import dataclasses, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -197,6 +197,15 @@ def test_nothing_but_the_clips_may_be_more(few, tmp_path, change, message):
     with pytest.raises(InputError, match=message): build_cache(dataclasses.replace(few[1], cache_dir=str(path), **change))
     assert contents(path) == before
 
+def test_more_clips_of_another_teacher_or_view_are_refused(few, tmp_path):
+    "The same weights whose processor normalises otherwise, and other weights."
+    path = shutil.copytree(few[0].cache_dir, tmp_path/"c"); before = contents(path)
+    file = shutil.copytree(few[0].teacher, tmp_path/"view")/"preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(image_mean=[.5, .5, .5]))); random_teacher(tmp_path/"weights", seed=1, **TINY)
+    for name, message in dict(view=r"view.mean is \[0.485, 0.456, 0.406\], asked for \[0.5, 0.5, 0.5\]", weights="teacher.weights_hash is .*, asked for ").items():
+        with pytest.raises(InputError, match=message): build_cache(dataclasses.replace(few[1], cache_dir=str(path), teacher=str(tmp_path/name)))
+    assert contents(path) == before
+
 def test_growing_is_killed_and_done_by_two_jobs(few, tmp_path):
     draw, out, want = random.Random(2), tmp_path/"log", contents(few[1].cache_dir)
     for kill in range(5):
@@ -253,7 +262,8 @@ def test_a_bucket_holds_what_a_folder_holds(job):
 @pytest.mark.parametrize("change,message", [
     (dict(views=2), "views is 1, asked for 2"), (dict(seed=1), "seed is 0, asked for 1"), (dict(dtype="int8"), "dtype is float16, asked for int8"), (dict(store_frames=True), "frames is False, asked for True"),
     (dict(teacher_dtype="bfloat16"), "compute_dtype is float32, asked for bfloat16"), (dict(projection="pca_whiten"), "projection.kind is pca, asked for pca_whiten"),
-    (dict(shard="2/2"), "--shard 2/2: expected i/n"), (dict(shard="one"), "--shard one: expected i/n"), (dict(batch_size="0"), "--batch-size 0: expected auto"), (dict(views=0), "--views 0"),
+    (dict(shard="2/2"), "--shard 2/2: expected i/n"), (dict(shard="one"), "--shard one: expected i/n"), (dict(batch_size="0"), "--batch-size 0: expected auto"), (dict(views=0), "--views 0: expected at least 1"), (dict(limit=-1), "--limit -1: expected at least 0"), (dict(max_failed=7.), "--max-failed 7.0: expected a share"),
+    (dict(num_workers=-1), "--num-workers -1: expected at least 0"), (dict(fit_clips=-3), "--fit-clips -3"), (dict(shard_rows=0), "--shard-rows 0"), (dict(timeout_s=-1.), "--timeout-s -1"), (dict(dim=8), "dim is 16, asked for 8; use the same, or another folder"),
     (dict(device="cuda:77"), "cuda:77")], ids=str)
 def test_what_does_not_go_together_is_refused(job, change, message):
     before = contents(job.cache_dir)

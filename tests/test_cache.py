@@ -1,5 +1,5 @@
 "The target cache: bytes in are bytes out, for everyone's zarr too; every kind of damage is noticed, and the message says what to do."
-import dataclasses, itertools, json, os, shutil, subprocess, sys
+import dataclasses, gc, itertools, json, os, shutil, subprocess, sys
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -10,12 +10,14 @@ from stjepa.build_cache import BuildConfig, build_cache
 from stjepa.cache import (Cache, Damaged, clean_partials, create_cache, dequantise, drop_shards, finished_shards, mark_name, quantise, read_meta,
                           restore_arrays, schema, unmark, update_meta, write_shard)
 from stjepa.core import InputError
-from stjepa.storage import Storage
+from stjepa.projection import Projection
+from stjepa.storage import _MAPS, Storage
 from stjepa.teacher import random_teacher
 from stjepa.toy import ACTIONS, SSV2_SHAPES, draw_scene, render
 from stjepa.video import View, write_video
 
-META = dict(teacher=dict(name="t", revision="", weights_hash="0"), projection=dict(kind="pca", hash="0"), dataset=dict(name="ssv2", split="train", fingerprint="0"), compute_dtype="float32")
+PROJECTION = Projection(torch.zeros(8), torch.eye(8)[:, :6], torch.full((6,), 1 / 8))
+META = dict(teacher=dict(name="t", revision="", weights_hash="0"), projection=dict(kind="pca", hash=PROJECTION.hash), dataset=dict(name="ssv2", split="train", fingerprint="0"), compute_dtype="float32")
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
 
 
@@ -37,6 +39,7 @@ def make(path, failed=(), **options):
     views = options.get("views", 1); rows = 10 * views
     truth, frames = bits((rows, 12, 6), 0), np.random.default_rng(1).integers(0, 256, (rows, 4, 8, 8, 3), dtype=np.uint8)
     create_cache(path, [f"é{i}" for i in range(10)], [None, *range(9)], (3, 2, 2), 6, View(num_frames=4, size_px=8), META, shard_rows=4, store_frames=True, **options)
+    Storage(path).write("projection.safetensors", PROJECTION.to_bytes())
     for shard in range(-(-rows // 4)):
         s = range(4*shard, min(4*shard + 4, rows))
         arrays = dict(targets=truth[s], frames=frames[s], frame_indices=np.arange(4*rows).reshape(rows, 4)[s], num_frames=np.arange(rows)[s])
@@ -77,7 +80,7 @@ def test_the_files_are_those_that_zarr_writes(tmp_path, failed):
         theirs["frame_indices"][:] = np.arange(40).reshape(10, 4); theirs["num_frames"][:] = np.arange(10); theirs["status"][:] = np.where(ok, 1, 2)
     theirs["targets"][:] = np.where(ok[:, None, None], truth, np.float16("nan"))
     theirs["frames"][:] = np.where(ok[:, None, None, None, None], frames, np.uint8(0))
-    files = lambda p: {n: (p/n).read_bytes() for n in Storage(p).files() if not n.startswith("done/")}
+    files = lambda p: {n: (p/n).read_bytes() for n in Storage(p).files() if not n.startswith(("done/", "projection"))}
     assert files(path) == {n: data for n, data in files(tmp_path/"zarr").items()}
 
 
@@ -127,11 +130,33 @@ def test_reads_the_same_in_loader_workers(small, method, verify):
         assert x.numpy().tobytes() == truth.tobytes() and (y.numpy() == frames).all()
 
 
-def test_no_file_is_kept_open(small):
+def no_more_open(monkeypatch, more=0):
+    "Let memory maps keep only so many `more` files open."
+    gc.collect(); limit = 2 * (len(_MAPS) + more)
+    monkeypatch.setattr("stjepa.storage.resource.getrlimit", lambda which: (limit, -1))
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_few_files_are_kept_open(small, monkeypatch, more):
     "A full cache has thousands of shards; a process may have a thousand open files."
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    cache = Cache(small[0]); cache.targets_of(range(10)); [cache.frames(r) for r in range(10)]
-    assert not before or len(os.listdir("/proc/self/fd")) == before
+    no_more_open(monkeypatch, more); count = lambda: len(os.listdir("/dev/fd"))
+    before, cache = count(), Cache(small[0])
+    for row in range(10): assert row_bytes(cache, row) == small[1][row].tobytes() and (cache.frames(row).numpy() == small[2][row]).all()
+    assert count() == before + more
+    del cache
+    assert count() == before
+
+
+def test_the_other_crc32c_piece_by_piece(small, python):
+    "On a machine without awscrt, and with rows of several pieces: the same rows, and a flipped bit in any piece is noticed."
+    code = "import sys; sys.modules['awscrt'] = None; import stjepa.cache as c; c._PIECE = 100; cache = c.Cache({!r}); print(c.crc32c.__module__, sum(int(x.view(c.torch.int16).long().sum()) for x in ({})))"
+    want = sum(int(torch.from_numpy(small[1][r]).view(torch.int16).long().sum()) for r in range(10))
+    assert python(code.format(str(small[0]), "cache.targets(r) for r in range(10)")) == f"stjepa.cache {want}"
+    file = small[0]/"targets/c/1/0/0"; whole = file.read_bytes()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("stjepa.cache._PIECE", 100)
+        for at in (0, 99, 100, 143): file.write_bytes(flipped(file, at * 8)); assert reads(small[0], 4) is None; file.write_bytes(whole)
+        assert reads(small[0], 4) == small[1][4].tobytes()
 
 
 # -- damage
@@ -169,13 +194,13 @@ def test_a_thousand_flipped_bits_are_a_thousand_messages(tmp_path, dtype, number
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(small):
     "In marks, small arrays, ids, attributes, descriptions of arrays: what can be read is what was written."
     path, truth, frames = small; rng = np.random.default_rng(3); cache = Cache(path); noticed = 0
-    want = (cache.ids, cache.labels.tolist(), cache.status.tolist(), [cache.frame_indices(r).tolist() for r in range(10)], [cache.num_frames(r) for r in range(10)], cache.fingerprint, cache.view, cache.grid)
+    want = (cache.ids, cache.labels.tolist(), cache.status.tolist(), [cache.frame_indices(r).tolist() for r in range(10)], [cache.num_frames(r) for r in range(10)], cache.fingerprint, cache.view, cache.grid, cache.projection.hash)
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.parts[-5] not in ("targets", "frames") and p.parts[-6] != "frames"]
     for _ in range(300):
         file = files[rng.integers(len(files))]; whole = file.read_bytes(); file.write_bytes(flipped(file, rng.integers(len(whole) * 8)))
         try:
             c = Cache(path)
-            assert want == (c.ids, c.labels.tolist(), c.status.tolist(), [c.frame_indices(r).tolist() for r in range(10)], [c.num_frames(r) for r in range(10)], c.fingerprint, c.view, c.grid), file
+            assert want == (c.ids, c.labels.tolist(), c.status.tolist(), [c.frame_indices(r).tolist() for r in range(10)], [c.num_frames(r) for r in range(10)], c.fingerprint, c.view, c.grid, c.projection.hash), file
             assert row_bytes(c, 5) == truth[5].tobytes()
         except InputError as e: noticed += 1; assert "\n" not in str(e)
         file.write_bytes(whole)
@@ -236,8 +261,11 @@ def edit(file, old, new): text = file.read_text(); assert old in text; file.writ
     (lambda c: (c/"frame_indices/c/1/0").write_bytes((c/"frame_indices/c/0/0").read_bytes()), "frame_indices/c/1/0: its checksum does not match; run stjepa_cache repair"),
     (lambda c: (c/"ids/c/0").unlink(), "ids: damaged: not the ids that were written"),
     (lambda c: (c/"labels/c/0").write_bytes(b""), "labels: damaged: not the labels that were written"),
-    (lambda c: (c/"zarr.json").unlink(), "not a target cache"),
-    (lambda c: (c/"zarr.json").write_text("{"), "not json"),
+    (lambda c: ((c/"targets/c/1/0/0").unlink(), (c/"targets/c/1/0/0").mkdir()), "targets/c/1/0/0: a folder, expected a file, though its shard is marked done; run stjepa_cache repair"),
+    (lambda c: (shutil.rmtree(c/"done"), (c/"done").write_text("")), "/done: a file stands where a folder is expected"),
+    (lambda c: (c/"zarr.json").unlink(), "not a target cache .*, though it has finished shards; restore that file, or build the cache again in a new folder"),
+    (lambda c: (c/"zarr.json").write_text("{"), "zarr.json: not json .*; restore that file, or build"),
+    (lambda c: (c/"zarr.json").write_bytes(b"\xff\xfe\x00"), "zarr.json: not json .*; restore that file, or build"),
     (lambda c: (c/"zarr.json").write_text("[1]"), "expected a json object"),
     (lambda c: (c/"zarr.json").write_text('{"attributes": {"schema": 2}}'), "zarr.json: schema: not what was written"),
     (lambda c: edit(c/"zarr.json", '"schema": 2', '"schema": 1'), "schema 1, this version of stjepa reads 2; build it again in a new folder"),
@@ -256,8 +284,18 @@ def test_damage_is_refused(small, damage, message):
     assert "\n" not in str(e.value)
 
 
-def test_a_file_cut_or_lost_while_it_is_read(small):
+@pytest.mark.parametrize("damage,message", [
+    (lambda f: f.unlink(), "no such file"), (lambda f: cut(f, 0), "not a projection"), (lambda f: cut(f, 100), "not a projection"), (lambda f: f.write_bytes(flipped(f, 16)), "not a projection"),
+    (lambda f: f.write_bytes(flipped(f, -9)), f"hash [0-9a-f]+, the cache was made with {PROJECTION.hash}"), (lambda f: Projection(*PROJECTION.buffers(), "orthogonal").save(f), "hash")])
+def test_a_damaged_projection_is_named(small, damage, message):
+    assert Cache(small[0]).projection.hash == PROJECTION.hash; damage(small[0]/"projection.safetensors")
+    with pytest.raises(InputError, match=f"projection.safetensors: {message}.*; restore that file, or build the cache again in a new folder$"): Cache(small[0]).projection
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_file_cut_or_lost_while_it_is_read(small, monkeypatch, opened):
     "A mapped file that is cut short would kill the process."
+    if not opened: no_more_open(monkeypatch)
     cache = Cache(small[0]); row_bytes(cache, 5); cut(small[0]/"targets/c/1/0/0", 100)
     with pytest.raises(Damaged, match="shard 1, row 5"): row_bytes(cache, 5)
     (small[0]/"targets/c/1/0/0").unlink()
@@ -312,7 +350,7 @@ def test_descriptions_of_arrays_are_restored(small):
 def test_creating_again(small, tmp_path):
     with pytest.raises(InputError, match="not a cache, and not empty .other.txt."): (tmp_path/"x").mkdir(); (tmp_path/"x/other.txt").write_text(""); make(tmp_path/"x")
     (small[0]/"zarr.json").unlink()
-    with pytest.raises(InputError, match="has finished shards but no readable zarr.json"): make(small[0])
+    with pytest.raises(InputError, match="has finished shards but no zarr.json with a schema in it; restore that file"): make(small[0])
     assert clean_partials(small[0]) == []
     with pytest.raises(InputError, match="no clips to cache"): create_cache(tmp_path/"n", [], [], (1, 1, 1), 1, View(num_frames=4, size_px=8), META)
 

@@ -56,6 +56,13 @@ def test_repair_drops_what_is_bad(tmp_path):
     assert len(finished_shards(path)) == 8
 
 
+def test_a_damaged_projection_is_found_and_not_dropped(small):
+    hurt(small[0], "projection.safetensors", -9); before = contents(small[0])
+    for action in ("verify", "repair"):
+        with pytest.raises(InputError, match="projection.safetensors: hash .*restore that file"): cache_tool(CacheConfig(action, str(small[0]), num_workers=1))
+    assert contents(small[0]) == before
+
+
 def test_trouble_with_reading_is_not_damage(small, monkeypatch):
     "A store that does not answer must not make repair throw good shards away."
     def refuse(self, pieces): raise InputError("s3://b/c: ConnectionError: no answer")
@@ -84,6 +91,9 @@ def test_export(small, tmp_path):
         with pytest.raises(InputError, match=message): cache_tool(CacheConfig("export", str(path), out=str(tmp_path/"y.npy"), **options))
     with pytest.raises(InputError, match="safetensors or .npy"): cache_tool(CacheConfig("export", str(path), out=str(tmp_path/"y.pt")))
     assert not any(p.name.startswith((".", "y")) for p in tmp_path.iterdir())
+    (tmp_path/"file").write_text("")
+    for action, out in (("export", "x.npy"), ("export", "x.safetensors"), ("stats", "looks")):
+        with pytest.raises(InputError, match=f"^{tmp_path}/file/{out}: a file stands where a folder is expected$"): cache_tool(CacheConfig(action, str(path), out=str(tmp_path/"file"/out)))
 
 
 def test_the_command(small, tmp_path, command):
@@ -166,6 +176,24 @@ def test_the_command_on_a_bucket(bucket, tmp_path):
     assert cache_tool(CacheConfig("info", url))["ok"] == 10
     cache_tool(CacheConfig("export", url, out=str(tmp_path/"x.npy"), rows="2-4")); assert np.load(tmp_path/"x.npy").tobytes() == truth[2:5].tobytes()
     cache_tool(CacheConfig("stats", url, out=str(tmp_path/"looks"))); assert (tmp_path/"looks/stats.json").exists()
+
+
+def test_a_bucket_of_google(toy, tmp_path, monkeypatch):
+    "The same through gcsfs: a build, another read of it, a lost object, and what mends it."
+    from gcp_storage_emulator.server import create_server
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"); server.start()
+    try:
+        for name, value in dict(STORAGE_EMULATOR_HOST=f"http://127.0.0.1:{port}", NO_GCE_CHECK="true", GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false").items(): monkeypatch.setenv(name, value)
+        import gcsfs
+        config, url = BuildConfig(str(toy/"ssv2"), str(tmp_path/"c"), teacher=str(toy/"teacher"), dim=16, num_workers=0, limit=4, shard_rows=2, device="cpu", store_frames=True), "gs://bucket/é/c"
+        build_cache(config); build_cache(dataclasses.replace(config, cache_dir=url)); here, there = Cache(tmp_path/"c"), Cache(url)
+        assert files(url) == contents(tmp_path/"c") and torch.equal(there.targets_of(range(4)), here.targets_of(range(4))) and torch.equal(there.frames(3), here.frames(3))
+        Storage(url).remove("targets/c/1/0/0")
+        with pytest.raises(Damaged, match="gs://bucket/é/c/targets/c/1/0/0: no such file, though its shard is marked done; run stjepa_cache repair gs://bucket/é/c, then build again"): Cache(url).targets(2)
+        assert cache_tool(CacheConfig("repair", url, num_workers=1))["dropped"] == [1] and build_cache(dataclasses.replace(config, cache_dir=url))["clips"] == 2 and files(url) == contents(tmp_path/"c")
+        with pytest.raises(InputError, match="cache gs://bucket/none: no such folder"): Cache("gs://bucket/none")
+    finally: server.stop(); gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def test_a_store_that_cannot_be_read_is_one_line(bucket, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_a_file_the_system_refuses_to_grow(tmp_path):
     "A real refusal in the middle of a write: the limit on a file's size."
     code = f"import resource, signal; from stjepa.storage import Storage; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); Storage({str(tmp_path)!r}).write('x', bytes(10**6))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].startswith(f"stjepa.core.InputError: {tmp_path}/x: OSError: [Errno 27] File too large") and os.listdir(tmp_path) == []
+    assert done.stderr.splitlines()[-1].startswith(f"stjepa.core.InputError: {tmp_path}/x: no file may become as large here: raise ulimit -f") and os.listdir(tmp_path) == []
 
 
 def as_nobody(code):
