@@ -9,7 +9,7 @@ __all__ = ['COMMANDS', 'InputError', 'need', 'need_dir', 'read_json', 'flag', 'r
            'Ranks', 'process_group', 'cores', 'hardware', 'progress']
 
 # %% ../nbs/00_core.ipynb #61604bb4
-import argparse, dataclasses, errno, hashlib, json, os, signal, subprocess, sys, types, typing
+import argparse, dataclasses, errno, hashlib, json, os, re, signal, subprocess, sys, types, typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -241,9 +241,10 @@ def generator(*parts):
 def pick_device(
     name:str="auto", # `auto`, `cpu`, `cuda` or `cuda:1`
 ):
-    "The `torch.device`; `cuda` is this process's GPU, `auto` too where there is one. `InputError` if a GPU is asked for and there is none."
+    "The `torch.device`; `cuda` is this process's GPU, `auto` too where there is one. `InputError` for any other, or if a GPU is asked for and there is none."
     import torch
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
+    need(re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device {name}: expected auto, cpu, cuda or a GPU by its number, as cuda:1")
     need(not name.startswith("cuda") or torch.cuda.is_available(), f"--device {name}: no CUDA GPU is visible")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
