@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PretrainConfig', 'Plan', 'plan', 'Run', 'open_run', 'Masks', 'batches', 'training_batches', 'fixed_batches', 'State',
-           'models', 'new_state', 'to_device', 'backward', 'train_step', 'save_checkpoint', 'Loaded', 'fill',
-           'load_student', 'resume', 'to_resume', 'begin', 'held_out_loss', 'ridge_top1', 'pooled', 'probe', 'tracing',
-           'wrap', 'whole_average', 'judge', 'keep', 'due', 'watch', 'train', 'pretrain', 'go_on', 'last_line', 'main']
+           'models', 'start_patches', 'new_state', 'to_device', 'backward', 'train_step', 'save_checkpoint', 'Loaded',
+           'fill', 'load_student', 'resume', 'to_resume', 'begin', 'held_out_loss', 'ridge_top1', 'pooled', 'probe',
+           'tracing', 'wrap', 'whole_average', 'judge', 'keep', 'due', 'watch', 'train', 'pretrain', 'go_on',
+           'last_line', 'main']
 
 # %% ../nbs/30_pretrain.ipynb #467a9e65
 import copy, os, shlex, sys, time
@@ -27,7 +28,7 @@ from .masking import clip_masks, ratio_at
 from .objective import PREDICTORS, ChannelStats, Jepa, MeanToken, Objective, feature_health, take_targets
 from .optimizer import lr_at, make_optimizer, put_optimizer
 from .parallel import blocks_of, copies, exchanging, gathered, put_weights, shard, whole
-from .student import Student, num_params, student_config
+from .student import Student, num_params, student_config, whiten_patch_embed
 from .video import View
 
 # %% ../nbs/30_pretrain.ipynb #173b1e8d
@@ -64,6 +65,7 @@ class PretrainConfig:
     depth_joint:int=4 # student: blocks with joint attention
     pattern:str="" # student: blocks as a pattern, e.g. "F4 J8"; if given, the two depths are not read
     positions:Literal["sincos", "learned", "rotary"]="sincos" # student and predictor: how a token knows its place
+    patch_start:Literal["random", "whiten"]="random" # student: the patch embedding starts as random weights, or as a whitening of training clips
     drop_path:float=0.0 # student: chance of leaving out a branch of the last block, 0-1
     num_heads:int=6 # student and predictor: attention heads
     prediction:Literal["cross", "joint", "tail"]="cross" # hidden tokens are predicted by cross- or joint attention behind the student, or in its joint blocks
@@ -241,6 +243,18 @@ def models(
         predictor = PREDICTORS[config.prediction]
         return Jepa(Student(student, view), predictor(student, target_dim, config.predictor_dim, config.predictor_depth, config.num_heads), objective)
 
+# %% ../nbs/30_pretrain.ipynb #6447ec34
+def start_patches(run:Run, jepa:Jepa, clips:int=128):
+    "`whiten_patch_embed` on a sample of training clips; `InputError` if none of them can be decoded, or one is no longer what was cached."
+    layer = jepa.student.patch_embed
+    if run.ranks.first:
+        rows = [run.steps.clips[i][0] for i in torch.randperm(len(run.steps.clips), generator=generator("patch start"))[:clips].tolist()]
+        sample = list(batches(run, [[(0, r)] for r in rows], 0))
+        found = [b["frames"] for b in sample if b["count"]]
+        for e in sum((b["errors"] for b in sample), []): need(found and not e["fatal"], f"--patch-start: {e['error']}")
+        whiten_patch_embed(jepa.student, torch.cat(found))
+    layer.load_state_dict(run.ranks.gather(layer.state_dict() if run.ranks.first else None)[0])
+
 # %% ../nbs/30_pretrain.ipynb #b76217ee
 def new_state(
     jepa:Jepa, # initialised, on its device
@@ -369,10 +383,9 @@ def to_resume(
     return ranks.gather(found and found[0])[0]
 
 # %% ../nbs/30_pretrain.ipynb #47a1ec01
-def begin(run:Run, state:State) -> dict: # held-out figures so far
-    "Resume, or start a new run folder."
+def begin(run:Run, state:State, path:Path|None) -> dict: # held-out figures so far
+    "Resume from a checkpoint, or start a new run folder."
     config, steps, size = run.config, run.steps, lambda m: f"{num_params(m) / 1e6:.1f} M parameters"
-    path = to_resume(config, run.ranks)
     result = resume(run, state, path) if path else {}
     if run.ranks.first:
         if path: set_aside(config.out, state.step)
@@ -517,9 +530,11 @@ def pretrain(
     "Train a student from a cache, and leave a run folder behind."
     began, device = time.perf_counter(), pick_device(config.device)
     with process_group(device) as ranks:
-        run = open_run(config, device, ranks)
-        state = new_state(models(config, run.cache.view, run.cache.grid, run.cache.dim, run.objective).to(device), config, ranks)
-        result, allowed = begin(run, state), config.max_failed * len(run.steps.clips)
+        run, path = open_run(config, device, ranks), to_resume(config, ranks)
+        jepa = models(config, run.cache.view, run.cache.grid, run.cache.dim, run.objective)
+        if config.patch_start == "whiten" and not path: start_patches(run, jepa)
+        state = new_state(jepa.to(device), config, ranks)
+        result, allowed = begin(run, state, path), config.max_failed * len(run.steps.clips)
         with Journal(config.out, ranks, state.step, run.steps.total, config.log_steps, allowed, config.max_nonfinite) as journal:
             result = train(run, state, journal, result, stop)
         return dict(steps=state.step, **result, seconds=time.perf_counter() - began, checkpoint=str(checkpoint_path(config.out, state.step)))

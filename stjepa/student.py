@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'patchify', 'take_patches', 'coordinates', 'grid_axes', 'sincos', 'sincos_3d', 'rotary_3d', 'read_pattern',
-           'StudentConfig', 'student_config', 'Placed', 'Student', 'init_weights', 'num_params', 'regrid',
-           'resize_positions', 'load_weights', 'student_macs']
+           'StudentConfig', 'student_config', 'Placed', 'Student', 'init_weights', 'num_params', 'whiten_patch_embed',
+           'regrid', 'resize_positions', 'load_weights', 'student_macs']
 
 # %% ../nbs/22_student.ipynb #17fa7579
 import re
@@ -16,7 +16,7 @@ from einops import rearrange
 from fastcore.basics import patch
 from torch import Tensor
 from .attention import FactorisedBlock, JointBlock, block_macs
-from .core import InputError, need
+from .core import InputError, generator, need
 from .masking import gather_space
 from .video import View
 
@@ -203,12 +203,17 @@ def init_weights(module):
 # %% ../nbs/22_student.ipynb #1ebb049c
 def num_params(module) -> int: return sum(p.numel() for p in module.parameters())
 
-# %% ../nbs/22_student.ipynb #498325bc
+# %% ../nbs/22_student.ipynb #a8de4b1a
+@patch
+def normalise(self:Student, patches:Tensor) -> Tensor: # `(..., p)` uint8 -> `(..., p)`
+    "Pixels with the View's mean and standard deviation taken out."
+    x = rearrange(patches, "... (q c) -> ... q c", c=3).float() / 255
+    return rearrange((x - self.mean) / self.std, "... q c -> ... (q c)")
+
 @patch
 def embed(self:Student, patches:Tensor) -> Tensor: # `(b, t, v, p)` uint8 -> `(b, t, v, d)`
     "Normalise the pixels and map each patch to the model's width."
-    x = rearrange(patches, "b t v (q c) -> b t v q c", c=3).float() / 255
-    return self.patch_embed(rearrange((x - self.mean) / self.std, "b t v q c -> b t v (q c)"))
+    return self.patch_embed(self.normalise(patches))
 
 # %% ../nbs/22_student.ipynb #126d4f3c
 @patch
@@ -241,6 +246,26 @@ def intermediates(self:Student,
     stages = ["patch_embed", *(f"blocks.{i}" for i in range(len(self.blocks))), "norm"]
     for name in names: need(name in stages, f"student: no stage '{name}', expected one of {', '.join(stages)}")
     return {name: rearrange(x, "b t s d -> b (t s) d") for name, x in self.stages(frames, visible_idx) if name in names}
+
+# %% ../nbs/22_student.ipynb #bc2bbbcb
+@torch.no_grad()
+def whiten_patch_embed(
+    student:Student, # its patch embedding is changed in place
+    frames:Tensor, # `(b, f, h, w, 3)` uint8 training clips
+    limit:int=50_000, # patches looked at, drawn at random
+    floor:float=1e-3, # of the largest variance: what is added to each, so that noise is not blown up
+):
+    "Start the patch embedding as a PCA whitening of every frequency in time, and its bias so that the outputs have mean 0."
+    c, layer = student.config, student.patch_embed
+    patches = patchify(frames, c.tubelet, c.patch).flatten(0, 2)
+    x = student.normalise(patches[torch.randperm(len(patches), generator=generator("patches"))[:limit]])
+    waves = torch.cos(torch.pi / c.tubelet * torch.outer(torch.arange(c.tubelet), torch.arange(c.tubelet) + .5))
+    for wave, rows in zip(waves, torch.arange(c.embed_dim).tensor_split(c.tubelet)):
+        part = torch.einsum("u,nup->np", wave, rearrange(x, "n (u p) -> n u p", u=c.tubelet))
+        variance, directions = (v[..., -len(rows):] for v in torch.linalg.eigh(torch.cov(part.T)))
+        basis = directions.T / (variance + floor * variance[-1]).sqrt()[:, None]
+        layer.weight[rows[:len(basis)]] = rearrange(torch.einsum("u,dp->dup", wave, basis), "d u p -> d (u p)")
+    layer.bias.copy_(-layer.weight @ x.mean(0))
 
 # %% ../nbs/22_student.ipynb #bac2dbf8
 def regrid(
