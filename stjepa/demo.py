@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'STYLE', 'DemoConfig', 'read_recipe', 'prepare', 'run_seed', 'mean_of', 'at', 'result_table', 'headline',
-           'predicted_colours', 'draw_prediction', 'write_report', 'read_checkpoint_config', 'demo', 'main']
+           'predicted_tokens', 'predicted_colours', 'draw_prediction', 'draw_before_and_after', 'write_report',
+           'read_checkpoint_config', 'demo', 'main']
 
 # %% ../nbs/50_demo.ipynb #1ecd405c
 import dataclasses, html, json, time, tomllib
@@ -16,6 +17,7 @@ from .cache import Cache
 from .core import InputError, console, generator, hardware, need, read_json, read_jsonl, save_json
 from .features import ROWS
 from .masking import MASKS, paint_hidden, split_idx
+from .objective import draw_similarity, map_agreement, similarity_maps
 from .pretrain import PretrainConfig, load_student, pretrain, split_rows
 from .report import html_table, image_tag
 from .retrieval import RetrievalConfig, retrieval_eval
@@ -118,24 +120,32 @@ def headline(summary:dict) -> list[str]:
             f"{r['pretrain']['mean_token_loss']:.3f}), UCF-like linear top-1 {100*r['ucf101']['linear_top1']['student']:.1f} % "
             f"(random initialisation {100*r['ucf101']['linear_top1']['random_init']:.1f} %), {r['seconds']:.0f} s" for s, r in summary["seeds"].items()]
 
-# %% ../nbs/50_demo.ipynb #3a34c4ab
+# %% ../nbs/50_demo.ipynb #1b9956fe
 @torch.no_grad()
+def predicted_tokens(
+    checkpoint, # of the student
+    cache:Cache, # with stored frames
+    row:int, # which clip
+) -> tuple[torch.Tensor,torch.Tensor]: # `(s,)` bool: what was hidden; `(n, d)`: what was predicted, everywhere
+    "What the student makes of a clip under a mask as in its training."
+    student, predictor, _, ckpt = load_student(checkpoint)
+    hidden = MASKS[ckpt["config"]["mask"]](1, cache.grid[1:], ckpt["config"]["mask_ratio"], generator("picture", row))
+    return hidden[0], predictor.predict(student, cache.frames(row)[None], split_idx(hidden)[0])[0]
+
+# %% ../nbs/50_demo.ipynb #ae63889a
 def predicted_colours(
     checkpoint, # of the student
     cache:Cache, # with stored frames
     row:int, # which clip
 ) -> list[torch.Tensor]: # uint8 strips `(t, H, W, 3)`: frames, what is seen, teacher, prediction
     "Pictures of one clip for the report."
-    student, predictor, _, ckpt = load_student(checkpoint)
-    (t, h, w), frames, targets = cache.grid, cache.frames(row), cache.targets(row).float()
-    hidden = MASKS[ckpt["config"]["mask"]](1, (h, w), ckpt["config"]["mask_ratio"], generator("picture", row))
-    predicted = predictor.predict(student, frames[None], split_idx(hidden)[0])[0]
-    unit = torch.nn.functional.normalize
-    both = pca_colours(torch.cat([unit(targets, dim=-1), unit(predicted, dim=-1)]), (2 * t, h, w))
+    (t, h, w), frames, unit = cache.grid, cache.frames(row), torch.nn.functional.normalize
+    hidden, predicted = predicted_tokens(checkpoint, cache, row)
+    both = pca_colours(torch.cat([unit(cache.targets(row).float(), dim=-1), unit(predicted, dim=-1)]), (2 * t, h, w))
     size = frames.shape[1]
     big = lambda c: (255 * c).to(torch.uint8).repeat_interleave(size // h, 1).repeat_interleave(size // w, 2)
     middle = frames[frames.shape[0] // t // 2 :: frames.shape[0] // t]
-    return [middle, paint_hidden(middle, hidden[0], (h, w)), big(both[:t]), big(both[t:] * hidden.view(1, h, w, 1))]
+    return [middle, paint_hidden(middle, hidden, (h, w)), big(both[:t]), big(both[t:] * hidden.view(1, h, w, 1))]
 
 # %% ../nbs/50_demo.ipynb #f10e736c
 def draw_prediction(
@@ -148,6 +158,24 @@ def draw_prediction(
     for row, (axes, strip) in enumerate(zip(fig.subplots(len(strips), t), strips)):
         for ax, image in zip(axes, strip): ax.imshow(image.numpy()); ax.set_xticks([]); ax.set_yticks([])
         axes[0].set_ylabel(("frames", "seen", "teacher", "predicted")[row], fontsize=8)
+    return fig
+
+# %% ../nbs/50_demo.ipynb #e29936fd
+def draw_before_and_after(
+    run, # pretraining folder, with step 0
+    checkpoint, # of the trained student
+    cache:Cache, # with stored frames
+    row:int, # which clip
+):
+    "Similarity maps of one hidden token, and the mean agreement of all hidden tokens of the clip with the teacher, as a figure."
+    targets = cache.targets(row).float()
+    (hidden, before), (_, after) = (predicted_tokens(c, cache, row) for c in (Path(run)/"checkpoint_step0.pt", checkpoint))
+    asked = hidden.repeat(cache.grid[0])
+    scores = {name: map_agreement(x, targets).masked_fill(~asked, torch.nan) for name, x in dict(before=before, after=after).items()}
+    token = (scores["after"] - scores["after"].nanmean()).abs().nan_to_num(2.).argmin().item()
+    maps = {name: similarity_maps(x, targets)[token] for name, x in dict(teacher=targets, before=before, after=after).items()}
+    fig = draw_similarity(cache.frames(row), hidden, maps, token, cache.grid)
+    fig.suptitle(", ".join(f"agreement {name} training {x.nanmean():.2f}" for name, x in scores.items()), fontsize=9)
     return fig
 
 # %% ../nbs/50_demo.ipynb #16a17ee5
@@ -168,6 +196,7 @@ def write_report(
              "<ul>" + "".join(f"<li>{html.escape(l)}</li>" for l in headline(summary)) + "</ul>",
              "<h2>Results</h2>" + html_table(result_table(summary)) + "<p>" + "<br>".join(f"<code>{k}</code> {html.escape(v)}" for k, v in ROWS.items()) + "</p>",
              "<h2>What the student saw, and what it predicted</h2>" + "".join(image_tag(draw_prediction(predicted_colours(checkpoint, cache, r))) for r in held[:3]),
+             "<h2>A hidden token's similarity to the teacher's tokens</h2>" + image_tag(draw_before_and_after(run/"pretrain", checkpoint, cache, held[0])),
              "<h2>Pretraining</h2>" + image_tag(run/"pretrain"/"curves.png"),
              "<h2>UCF-like set: confusion of the student</h2>" + image_tag(run/"ucf101"/"confusion.png"),
              "<h2>Retrieval: queries and the clips found</h2>" + image_tag(run/"retrieval"/"gallery.png"),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTORS', 'CrossBlock', 'Predictor', 'JointPredictor', 'TailPredictor', 'cosine_loss', 'take_targets', 'Objective',
-           'ChannelStats', 'MeanToken', 'feature_std', 'rankme', 'feature_health', 'Jepa']
+           'ChannelStats', 'MeanToken', 'feature_std', 'rankme', 'feature_health', 'Jepa', 'similarity_maps',
+           'map_agreement', 'draw_similarity']
 
 # %% ../nbs/23_objective.ipynb #d46a39f1
 import math
@@ -14,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .attention import Attention, JointBlock, Mlp
 from .core import need
+from .masking import gather_space, paint_hidden
 from .student import Placed, Student, StudentConfig, init_weights
 
 # %% ../nbs/23_objective.ipynb #cff77969
@@ -242,3 +244,39 @@ class Jepa(nn.Module):
     def forward(self, frames:Tensor, targets:Tensor, visible_idx:Tensor, query_idx:Tensor) -> Tensor: # scalar
         losses = self.losses(frames, targets, visible_idx, query_idx)
         return losses["hidden"] + self.objective.visible_weight * losses.get("visible", 0.)
+
+# %% ../nbs/23_objective.ipynb #7bcbca9e
+def similarity_maps(
+    tokens:Tensor, # `(..., n, d)`
+    targets:Tensor, # `(..., n, d)` the teacher's tokens of the same clip
+) -> Tensor: # `(..., n, n)`, -1 to 1
+    "Cosine similarity of each token to every teacher token of its clip."
+    return F.normalize(tokens, dim=-1) @ F.normalize(targets, dim=-1).mT
+
+def map_agreement(tokens:Tensor, targets:Tensor) -> Tensor: # `(..., n)`, -1 to 1
+    "Correlation of each token's similarity map with that of the teacher's own token there."
+    ours, theirs = (m - m.mean(-1, keepdim=True) for m in (similarity_maps(x, targets) for x in (tokens, targets)))
+    return F.cosine_similarity(ours, theirs, dim=-1)
+
+# %% ../nbs/23_objective.ipynb #fd1266f1
+def draw_similarity(
+    frames:Tensor, # `(f, h, w, 3)` uint8
+    hidden:Tensor, # `(s,)` bool, where the student did not see
+    maps:dict, # name -> `(n,)` similarities of one token, each a line of the picture
+    token:int, # which one, time-major
+    grid:tuple[int,int,int], # `(t, h, w)`
+):
+    "A clip and similarity maps over it, as a figure with a column per time step."
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    (t, h, w), size = grid, frames.shape[1] // grid[1]
+    fig = Figure(figsize=(t, 1.05 * (1 + len(maps))), dpi=70, layout="constrained")
+    axes = fig.subplots(1 + len(maps), t)
+    for ax, frame in zip(axes[0], paint_hidden(frames, hidden, (h, w), .4)[::len(frames) // t]): ax.imshow(frame)
+    corner = token % w * size, token % (h * w) // w * size
+    axes[0, token // (h * w)].add_patch(Rectangle(corner, size - 1, size - 1, fill=False, color="red"))
+    for line, (name, m) in zip(axes[1:], maps.items()):
+        for ax, sim in zip(line, m.view(t, h, w)): ax.imshow(sim, cmap="coolwarm", vmin=-1, vmax=1)
+        line[0].set_ylabel(name, fontsize=9)
+    for ax in axes.flat: ax.set_xticks([]); ax.set_yticks([])
+    return fig
