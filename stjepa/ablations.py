@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NOTHING', 'MEASURES', 'AblateConfig', 'Study', 'read_study', 'options_of', 'prepare', 'judged_clips', 'stepper',
            'step_ratio', 'tokens_of', 'score', 'judge', 'references', 'run_arm', 'chosen', 'check_rows', 'ablate',
-           'measured_ratio', 'results_table', 'main']
+           'end_with_parent', 'measured_ratio', 'spread', 'of_arm', 'gain', 'is_reference', 'results_table',
+           'draw_arms', 'main']
 
 # %% ../nbs/60_ablations.ipynb #2d9d7705
-import dataclasses, itertools, multiprocessing, statistics, time, tomllib
+import dataclasses, itertools, multiprocessing, os, statistics, threading, time, tomllib
 import torch
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class Study:
     build_cache:dict # options of `BuildConfig`
     pretrain:dict # options of `PretrainConfig`
     arms:dict # name -> options that differ
+    @property
+    def hash(self) -> str: return stable_hash([self.steps, self.toy, self.judge, self.build_cache, self.pretrain])[:8] # of the base
 
 def read_study(path) -> Study:
     "A study from a toml file; `InputError` names what is missing or unknown."
@@ -73,7 +76,7 @@ def options_of(
     build = config_from(BuildConfig, build, source, data_root=str(out/"toy"/"ssv2"), teacher=str(out/"toy"/"teacher"), device="cpu", num_workers=0,
                         store_frames=True, cache_dir=str(out/f"cache-{stable_hash(build)[:8]}"))
     return build, config_from(PretrainConfig, train, source, data_root=build.data_root, cache_dir=build.cache_dir, seed=seed, device="cpu",
-                              num_workers=0, out=str(out/"runs"/f"{stable_hash([arm, changed])[:8]}-{seed}"))
+                              num_workers=0, out=str(out/"runs"/f"{stable_hash([study.hash, arm, changed])[:8]}-{seed}"))
 
 # %% ../nbs/60_ablations.ipynb #ba9801f1
 NOTHING = dict(ssv2_train=0, ssv2_validation=0, ssv2_test=0, ucf101_groups=0, msrvtt_train=0, msrvtt_test=0, msvd_train=0, msvd_val=0, msvd_test=0)
@@ -112,9 +115,13 @@ def step_ratio(
     out:Path, # of the study
     repeats:int=31, # steps of each
 ) -> float: # time of a step of the arm, in steps of the base
-    "Measured in turns."
+    "Measured in turns; for a mask ratio that changes, the mean of its first and its last value."
     from stjepa.bench import side_by_side
-    return 1. if arm == "base" else (lambda times: times[0] / times[1])(side_by_side(*(stepper(options_of(study, a, out, 0)[1]) for a in (arm, "base")), repeats=repeats, warmup=3))
+    if arm == "base": return 1.
+    config, base = (options_of(study, a, out, 0)[1] for a in (arm, "base"))
+    ends = [config] + ([dataclasses.replace(config, mask_ratio=config.mask_ratio_end, mask_ratio_end=0.)] if config.mask_ratio_end else [])
+    times = [side_by_side(stepper(c), stepper(base), repeats=repeats, warmup=3) for c in ends]
+    return statistics.mean(ours / reference for ours, reference in times)
 
 # %% ../nbs/60_ablations.ipynb #783c7504
 @torch.inference_mode()
@@ -151,20 +158,21 @@ def references(study:Study, out:Path) -> list[dict]:
     small = lambda frames: torch.nn.functional.adaptive_avg_pool2d(frames.float().mean(1).movedim(-1, 1) / 255, 16).flatten(1)[:, None]
     rows = [dict(arm="floor/mean_pixel", **score(small, clips, attentive=False)), dict(arm="ceiling/teacher", **score(tokens, clips)),
             dict(arm="ceiling/teacher_projected", **score(lambda frames: cache.projection(tokens(frames)), clips))]
-    return [dict(row, seed=0, options={}) for row in rows]
+    return [dict(row, seed=0, study=study.hash, options={}) for row in rows]
 
 # %% ../nbs/60_ablations.ipynb #c60bf885
 def run_arm(study:Study, arm:str, seed:int, out:Path, ratio:float, keep:bool=False) -> list[dict]: # rows; that of the base brings the floor
     "Train one student and judge it."
     torch.set_num_threads(1)
-    config = dataclasses.replace(options_of(study, arm, out, seed)[1], steps=round(study.steps / ratio), resume="auto", log_steps=200, keep_last=1)
+    config = dataclasses.replace(options_of(study, arm, out, seed)[1], steps=round(study.steps / ratio), resume="auto", log_steps=100, keep_last=1)
     began = time.process_time()
     result, run = pretrain(config), Path(config.out)
-    row = dict(arm=arm, seed=seed, options=study.arms.get(arm, {}), steps=config.steps, step_ratio=round(ratio, 3), cpu_seconds=round(time.process_time() - began, 1),
-               **{k: result[k] for k in ("hidden_loss", "mean_token_loss", "rankme") if k in result})
+    row = dict(arm=arm, seed=seed, study=study.hash, options=study.arms.get(arm, {}), steps=config.steps, step_ratio=round(ratio, 3), cpu_seconds=round(time.process_time() - began, 1),
+               **{k: result[k] for k in ("hidden_loss", "mean_token_loss", "rankme") if k in result},
+               curve=[[r["step"], round(r["loss"], 4)] for r in read_jsonl(run/"metrics.jsonl") if "loss" in r])
     clips = judged_clips(out, Cache(config.cache_dir).view)
     rows = [row | judge(result["checkpoint"], clips)]
-    if arm == "base": rows.append(dict(arm="floor/random_init", seed=seed, options={}, **judge(run/"checkpoint_step0.pt", clips)))
+    if arm == "base": rows.append(dict(arm="floor/random_init", seed=seed, study=study.hash, options={}, **judge(run/"checkpoint_step0.pt", clips)))
     for path in run.glob("*.pt") if not keep else (): path.unlink()
     return rows
 
@@ -178,8 +186,9 @@ def chosen(study:Study, config:AblateConfig) -> tuple[list[str],list[int]]:
     except ValueError: raise InputError(f"--seeds {config.seeds}: expected whole numbers with commas between them") from None
 
 def check_rows(rows:list[dict], study:Study, path):
-    "`InputError` if a result belongs to an arm that is no longer, or has other options now."
+    "`InputError` if a result belongs to an arm that is no longer, or to other options than the study has now."
     for r in rows:
+        need(r["study"] == study.hash, f"{path}: arm {r['arm']} was run with another base (steps, toy, judge, build_cache or pretrain); give the study another --out")
         known = "/" in r["arm"] and r["arm"].split("/")[0] in ("floor", "ceiling") or r["arm"] in ("base", *study.arms)
         need(known and r["options"] == study.arms.get(r["arm"], {}), f"{path}: arm {r['arm']} was run with {r['options']}, the study says otherwise; "
              "give the arm another name, or take the lines out")
@@ -200,12 +209,17 @@ def ablate(
     if ("ceiling/teacher", 0) not in done:
         for row in references(study, out): log.write(**row)
     ratios = {arm: measured_ratio(study, arm, out) for arm in dict.fromkeys(arm for arm, _ in todo)}
-    with ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         jobs = [pool.submit(run_arm, study, arm, seed, out, ratios[arm], config.keep) for arm, seed in todo]
         for job in progress(as_completed(jobs), f"study {Path(config.study).stem}", total=len(jobs), unit="student"):
             for row in job.result(): log.write(**row)
     print(results_table(rows := read_jsonl(path)))
     return rows
+
+def end_with_parent():
+    "A process of the pool must not train on when the command is killed."
+    def wait(): multiprocessing.parent_process().join(); os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 def measured_ratio(study:Study, arm:str, out:Path) -> float:
     "`step_ratio`, measured once per arm and kept."
@@ -215,22 +229,63 @@ def measured_ratio(study:Study, arm:str, out:Path) -> float:
     JsonlLog(path).write(arm=arm, options=study.arms.get(arm, {}), ratio=(ratio := step_ratio(study, arm, out)))
     return ratio
 
-# %% ../nbs/60_ablations.ipynb #9050f0ae
+# %% ../nbs/60_ablations.ipynb #41ebbbc5
 MEASURES = ("linear", "attentive", "linear_predicted")
+
+def spread(values, scale:float=100.) -> str: # e.g. `81.2 ± 1.4`
+    "Mean and standard deviation, empty if there is nothing."
+    values = [scale * v for v in values]
+    return "" if not values else f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+def of_arm(rows:list[dict], arm:str, key:str) -> dict: # seed -> value
+    return {r["seed"]: r[key] for r in rows if r["arm"] == arm and key in r}
+
+def gain(rows:list[dict], arm:str, key:str) -> float|None: # in points, `None` without a common seed
+    "Mean difference to the base, seed by seed."
+    ours, base = of_arm(rows, arm, key), of_arm(rows, "base", key)
+    both = [100 * (ours[s] - base[s]) for s in ours if s in base]
+    return statistics.mean(both) if both and arm != "base" else None
+
+# %% ../nbs/60_ablations.ipynb #ae3b84cf
+def is_reference(arm:str) -> bool: return arm.split("/")[0] in ("floor", "ceiling")
 
 def results_table(
     rows:list[dict], # of `results.jsonl`
     only:str="", # arms whose name starts so; the base, floors and ceilings always
+    measures=MEASURES, # columns
 ) -> str: # Markdown
-    "A line per arm: mean and standard deviation over its seeds, in per cent."
-    arms = [a for a in dict.fromkeys(r["arm"] for r in rows) if a.startswith(only) or a == "base" or a.split("/")[0] in ("floor", "ceiling")]
-    def cell(arm, key):
-        values = [100 * r[key] for r in rows if r["arm"] == arm and key in r]
-        if not values: return ""
-        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-    lines = ["| arm | seeds | step time | " + " | ".join(MEASURES) + " |", "|---|---:|---:|" + "---:|" * len(MEASURES)]
-    ratio = lambda arm: next((f"{r['step_ratio']:.2f}" for r in rows if r["arm"] == arm and "step_ratio" in r), "")
-    return "\n".join(lines + [f"| {a} | {sum(r['arm'] == a for r in rows)} | {ratio(a)} | " + " | ".join(cell(a, k) for k in MEASURES) + " |" for a in arms])
+    "A line per arm: per cent, mean and standard deviation over its seeds; `gain` is that of the last measure over the base."
+    arms = [a for a in dict.fromkeys(r["arm"] for r in rows) if a.startswith(only) or a == "base" or is_reference(a)]
+    arms.sort(key=lambda a: (a != "base") + 2 * is_reference(a))
+    lines = ["| arm | seeds | step time | " + " | ".join(measures) + " | gain |", "|---|---:|---:|" + "---:|" * (len(measures) + 1)]
+    for a in arms:
+        ratio = next((f"{r['step_ratio']:.2f}" for r in rows if r["arm"] == a and "step_ratio" in r), "")
+        over = None if is_reference(a) else gain(rows, a, measures[-1])
+        lines.append(f"| {a} | {sum(r['arm'] == a for r in rows)} | {ratio} | " + " | ".join(spread(of_arm(rows, a, k).values()) for k in measures)
+                     + f" | {'' if over is None else f'{over:+.1f}'} |")
+    return "\n".join(lines)
 
+# %% ../nbs/60_ablations.ipynb #71c02aee
+def draw_arms(
+    rows:list[dict], # of `results.jsonl`
+    measure:str="linear_predicted",
+):
+    "Every student a dot, every arm a line of them, a panel per group; dashed: the base's mean, dotted: the ceiling of the projected teacher."
+    import matplotlib.pyplot as plt
+    groups = {}
+    for arm in dict.fromkeys(r["arm"] for r in rows if "/" in r["arm"] and not is_reference(r["arm"])): groups.setdefault(arm.split("/")[0], []).append(arm)
+    fig, axes = plt.subplots(1, len(groups), figsize=(1.2 + sum(.3 + .27 * len(g) for g in groups.values()), 3.2), dpi=70, sharey=True,
+                             gridspec_kw=dict(width_ratios=[.6 + len(g) for g in groups.values()]), squeeze=False)
+    for ax, (group, arms) in zip(axes[0], groups.items()):
+        for i, arm in enumerate(arms):
+            values = [100 * v for v in of_arm(rows, arm, measure).values()]
+            ax.plot([i] * len(values), values, "o", ms=4, alpha=.6, color="C0"); ax.plot(i, statistics.mean(values), "_", ms=14, color="C0")
+        for arm, style in (("base", "--"), ("ceiling/teacher_projected", ":")):
+            if found := of_arm(rows, arm, "linear" if is_reference(arm) else measure): ax.axhline(100 * statistics.mean(found.values()), ls=style, color="gray")
+        ax.set_title(group, fontsize=9); ax.set_xticks(range(len(arms)), [a.split("/", 1)[1] for a in arms], rotation=60, ha="right", fontsize=8)
+    axes[0, 0].set_ylabel(f"{measure.replace('_', ' ')} (%)", fontsize=9)
+    plt.show()
+
+# %% ../nbs/60_ablations.ipynb #5e2128fa
 def main():
     console(AblateConfig, ablate, "stjepa_ablate")
