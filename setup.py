@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), include_package_data=True,
     package_data={cfg["lib_name"]: ["assets/**/*"]},
     python_requires=f">={cfg['min_python']}", install_requires=lines("requirements"),
-    extras_require={"text": lines("text_requirements"), "s3": lines("s3_requirements"), "onnx": lines("onnx_requirements"), "parquet": lines("parquet_requirements"), "dev": lines("dev_requirements")},
+    extras_require={"text": lines("text_requirements"), "s3": lines("s3_requirements"), "gs": lines("gs_requirements"), "onnx": lines("onnx_requirements"), "parquet": lines("parquet_requirements"), "dev": lines("dev_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     classifiers=["License :: OSI Approved :: Apache Software License", "Intended Audience :: Science/Research",
                  "Operating System :: POSIX :: Linux"] + [f"Programming Language :: Python :: 3.{v}" for v in (11, 12, 13)],
