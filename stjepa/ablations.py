@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'MEASURES', 'AblateConfig', 'Study', 'read_study', 'options_of', 'prepare', 'judged_clips', 'stepper',
            'step_ratio', 'tokens_of', 'score', 'judge', 'references', 'run_arm', 'chosen', 'check_rows', 'ablate',
            'end_with_parent', 'measured_ratio', 'spread', 'of_arm', 'gain', 'is_reference', 'results_table',
-           'draw_arms', 'main']
+           'draw_arms', 'draw_losses', 'main']
 
 # %% ../nbs/60_ablations.ipynb #2d9d7705
 import dataclasses, itertools, multiprocessing, os, statistics, threading, time, tomllib
@@ -251,11 +251,11 @@ def is_reference(arm:str) -> bool: return arm.split("/")[0] in ("floor", "ceilin
 
 def results_table(
     rows:list[dict], # of `results.jsonl`
-    only:str="", # arms whose name starts so; the base, floors and ceilings always
+    only:str="", # a group: its arms and the base alone
     measures=MEASURES, # columns
 ) -> str: # Markdown
     "A line per arm: per cent, mean and standard deviation over its seeds; `gain` is that of the last measure over the base."
-    arms = [a for a in dict.fromkeys(r["arm"] for r in rows) if a.startswith(only) or a == "base" or is_reference(a)]
+    arms = [a for a in dict.fromkeys(r["arm"] for r in rows) if a.startswith(only) or a == "base"]
     arms.sort(key=lambda a: (a != "base") + 2 * is_reference(a))
     lines = ["| arm | seeds | step time | " + " | ".join(measures) + " | gain |", "|---|---:|---:|" + "---:|" * (len(measures) + 1)]
     for a in arms:
@@ -282,9 +282,24 @@ def draw_arms(
             ax.plot([i] * len(values), values, "o", ms=4, alpha=.6, color="C0"); ax.plot(i, statistics.mean(values), "_", ms=14, color="C0")
         for arm, style in (("base", "--"), ("ceiling/teacher_projected", ":")):
             if found := of_arm(rows, arm, "linear" if is_reference(arm) else measure): ax.axhline(100 * statistics.mean(found.values()), ls=style, color="gray")
-        ax.set_title(group, fontsize=9); ax.set_xticks(range(len(arms)), [a.split("/", 1)[1] for a in arms], rotation=60, ha="right", fontsize=8)
+        ax.set_title(group, fontsize=9); ax.set_xlim(-.6, len(arms) - .4); ax.set_xticks(range(len(arms)), [a.split("/", 1)[1] for a in arms], rotation=60, ha="right", fontsize=8)
     axes[0, 0].set_ylabel(f"{measure.replace('_', ' ')} (%)", fontsize=9)
     plt.show()
+
+# %% ../nbs/60_ablations.ipynb #75a46d7a
+def draw_losses(
+    rows:list[dict], # of `results.jsonl`
+    arms:list[str], # whose training losses are comparable: same mask ratio, same targets, same loss
+):
+    "Training loss against the share of the training time, the same for all; a line per arm, the mean of its seeds."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5, 2.6), dpi=70)
+    for arm in arms:
+        runs = [r for r in rows if r["arm"] == arm and "curve" in r]
+        at = [{round(s / r["steps"], 3): loss for s, loss in r["curve"] if s % 100 == 0} for r in runs]
+        shared = sorted(set.intersection(*map(set, at)))
+        ax.plot(shared, [statistics.mean(a[x] for a in at) for x in shared], label=arm)
+    ax.set_xlabel("share of the training time"); ax.set_ylabel("training loss"); ax.set_ylim(top=.6); ax.legend(fontsize=8); plt.show()
 
 # %% ../nbs/60_ablations.ipynb #5e2128fa
 def main():
