@@ -229,12 +229,12 @@ def measured_ratio(study:Study, arm:str, out:Path) -> float:
     JsonlLog(path).write(arm=arm, options=study.arms.get(arm, {}), ratio=(ratio := step_ratio(study, arm, out)))
     return ratio
 
-# %% ../nbs/60_ablations.ipynb #41ebbbc5
+# %% ../nbs/60_ablations.ipynb #ece2733e
 MEASURES = ("linear", "attentive", "linear_predicted")
 
-def spread(values, scale:float=100.) -> str: # e.g. `81.2 ± 1.4`
-    "Mean and standard deviation, empty if there is nothing."
-    values = [scale * v for v in values]
+def spread(values) -> str: # e.g. `81.2 ± 1.4`
+    "Mean and standard deviation of shares in per cent, empty if there is nothing."
+    values = [100 * v for v in values]
     return "" if not values else f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 def of_arm(rows:list[dict], arm:str, key:str) -> dict: # seed -> value
@@ -246,22 +246,21 @@ def gain(rows:list[dict], arm:str, key:str) -> float|None: # in points, `None` w
     both = [100 * (ours[s] - base[s]) for s in ours if s in base]
     return statistics.mean(both) if both and arm != "base" else None
 
-# %% ../nbs/60_ablations.ipynb #ae3b84cf
+# %% ../nbs/60_ablations.ipynb #f29dd9e2
 def is_reference(arm:str) -> bool: return arm.split("/")[0] in ("floor", "ceiling")
 
 def results_table(
     rows:list[dict], # of `results.jsonl`
     only:str="", # a group: its arms and the base alone
-    measures=MEASURES, # columns
 ) -> str: # Markdown
     "A line per arm: per cent, mean and standard deviation over its seeds; `gain` is that of the last measure over the base."
     arms = [a for a in dict.fromkeys(r["arm"] for r in rows) if a.startswith(only) or a == "base"]
     arms.sort(key=lambda a: (a != "base") + 2 * is_reference(a))
-    lines = ["| arm | seeds | step time | " + " | ".join(measures) + " | gain |", "|---|---:|---:|" + "---:|" * (len(measures) + 1)]
+    lines = ["| arm | seeds | step time | " + " | ".join(MEASURES) + " | gain |", "|---|---:|---:|" + "---:|" * (len(MEASURES) + 1)]
     for a in arms:
         ratio = next((f"{r['step_ratio']:.2f}" for r in rows if r["arm"] == a and "step_ratio" in r), "")
-        over = None if is_reference(a) else gain(rows, a, measures[-1])
-        lines.append(f"| {a} | {sum(r['arm'] == a for r in rows)} | {ratio} | " + " | ".join(spread(of_arm(rows, a, k).values()) for k in measures)
+        over = None if is_reference(a) else gain(rows, a, MEASURES[-1])
+        lines.append(f"| {a} | {sum(r['arm'] == a for r in rows)} | {ratio} | " + " | ".join(spread(of_arm(rows, a, k).values()) for k in MEASURES)
                      + f" | {'' if over is None else f'{over:+.1f}'} |")
     return "\n".join(lines)
 
