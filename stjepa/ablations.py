@@ -32,6 +32,7 @@ class AblateConfig:
     out:str="runs/ablate" # data, caches, runs and results.jsonl
     arms:str="" # only the arms whose name contains one of these words, with commas between them
     seeds:str="" # only these seeds, with commas between them
+    steps:int=0 # train the base for so many steps, the arms as long; 0: as the study says. Another length needs another `out`
     jobs:int=1 # students trained at the same time, each on one thread
     keep:bool=False # keep the checkpoints
 
@@ -199,6 +200,7 @@ def ablate(
 ) -> list[dict]: # all results so far
     "Run what is missing of a study."
     out, study = Path(config.out), read_study(config.study)
+    if config.steps: study = dataclasses.replace(study, steps=config.steps)
     arms, seeds = chosen(study, config)
     log, path = JsonlLog(out/"results.jsonl"), out/"results.jsonl"
     rows = read_jsonl(path) if path.exists() else []
