@@ -59,7 +59,8 @@ class Study:
     data:dict=field(default_factory=dict) # options of `RealData`, in place of the two
     @property
     def hash(self) -> str: # of the base
-        return stable_hash([self.steps, self.toy, self.judge, self.build_cache, self.pretrain, *([self.data] if self.data else [])])[:8]
+        real = {k: v for k, v in self.data.items() if k != "num_workers"}
+        return stable_hash([self.steps, self.toy, self.judge, self.build_cache, self.pretrain, *([real] if real else [])])[:8]
     @property
     def real(self) -> RealData|None: return config_from(RealData, self.data, "section data") if self.data else None
 
@@ -250,6 +251,7 @@ def ablate(
 ) -> list[dict]: # all results so far
     "Run what is missing of a study."
     out, study = Path(config.out), read_study(config.study)
+    need(config.steps >= 0, f"--steps {config.steps}: expected 0 or more")
     if config.steps: study = dataclasses.replace(study, steps=config.steps)
     arms, seeds = chosen(study, config)
     log, path = JsonlLog(out/"results.jsonl"), out/"results.jsonl"
